@@ -1,0 +1,146 @@
+"The pages of the site: the chapters' trees in the frame of page.html, and the index that search.js reads."
+import html
+import json
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from blocks import elements, pandoc, text
+
+HERE = Path(__file__).parent
+ASSETS = ["book.css", "page.js", "search.js"]
+VERSION = {"pandoc-api-version": [1, 23, 1]}
+SPLIT = "<!--split-->"
+
+
+def write_site(book, pages, folder):
+    "Write all pages, images and assets into `folder`."
+    frame = (HERE / "page.html").read_text(encoding="utf-8")
+    (folder / "assets").mkdir(parents=True)
+    for name in ASSETS: shutil.copyfile(HERE / name, folder / "assets" / name)
+    (folder / "assets" / "search-index.js").write_text(search_index(pages), encoding="utf-8")
+    with ThreadPoolExecutor() as pool: bodies = list(pool.map(lambda p: body(p, book.bibliography), pages))
+    for page, (toc, main) in zip(pages, bodies):
+        fields = page_fields(book, page, pages) | {"toc": toc, "body": main}
+        (folder / page.chapter.page).write_text(fill(frame, fields), encoding="utf-8")
+        for name, content in page.files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+    copy_images(book.sources, folder, pages)
+
+
+def fill(frame, fields):
+    "`frame` with each `{{name}}` replaced by its field."
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: fields[m[1]], frame)
+
+
+def body(page, bibliography):
+    "The table of contents and the text of a page, in HTML."
+    meta = {"link-citations": {"t": "MetaBool", "c": True}, "lang": {"t": "MetaString", "c": "en"}}
+    tree = json.dumps(VERSION | {"meta": meta, "blocks": page.blocks})
+    template = HERE / "body.html"
+    out = pandoc(tree, "-f", "json", "-t", "html5", "--mathml", "--citeproc", f"--bibliography={bibliography}", "--toc",
+                 "--toc-depth=3", f"--template={template}", "--email-obfuscation=none", "--wrap=none")
+    toc, _, main = out.partition(SPLIT)
+    return toc.strip(), main.strip()
+
+
+def page_fields(book, page, pages):
+    "What page.html asks for, but for the text."
+    chapter = page.chapter
+    title = inline(chapter.title)
+    heading = f'<span class="number">{chapter.number}</span> {title}' if chapter.number else title
+    name = html.escape(book["title"])
+    plain = re.sub(r"<[^>]+>", "", title)
+    return {
+        "lang": book.config.get("lang", "en"),
+        "pagetitle": name if plain == name else f"{plain} – {name}",
+        "description": html.escape(chapter.description or book["description"]),
+        "name": name,
+        "kicker": html.escape(chapter.part or ""),
+        "heading": heading,
+        "lead": inline(chapter.description),
+        "label": f' id="{chapter.label}"' if chapter.label else "",
+        "chapters": chapters(pages, page),
+        "pager": pager(pages, page),
+        "repository": html.escape(book["repo-url"]),
+        "source": html.escape(f"{book['repo-url']}/blob/{book['repo-branch']}/{book['repo-subdir']}/{chapter.path.name}"),
+    }
+
+
+def inline(markdown):
+    "One line of Markdown in HTML: emphasis, code and formulas."
+    if not markdown: return ""
+    return re.sub(r"^<p>|</p>$", "", pandoc(markdown, "-f", "markdown", "-t", "html5", "--mathml").strip())
+
+
+def chapters(pages, here):
+    "The list of chapters by part."
+    out, part = [], None
+    for page in pages:
+        c = page.chapter
+        if c.part != part:
+            if part is not None: out.append("</ul></li>")
+            if c.part is not None: out.append(f'<li class="part"><span>{html.escape(c.part)}</span><ul>')
+            part = c.part
+        now = ' aria-current="page"' if page is here else ""
+        number = f'<span class="number">{c.number}</span> ' if c.number else ""
+        out.append(f'<li><a href="{c.page}"{now}>{number}{inline(c.title)}</a></li>')
+    return "\n".join(out + (["</ul></li>"] if part is not None else []))
+
+
+def pager(pages, here):
+    "Links to the chapters before and after."
+    i, out = pages.index(here), []
+    for j, rel, word in ((i - 1, "prev", "Previous"), (i + 1, "next", "Next")):
+        if not 0 <= j < len(pages): continue
+        c = pages[j].chapter
+        out.append(f'<a rel="{rel}" href="{c.page}"><small>{word}</small> <span>{inline(c.title)}</span></a>')
+    return "\n".join(out)
+
+
+def copy_images(sources, folder, pages):
+    "Copy the image files that the chapters' Markdown shows."
+    for page in pages:
+        for e in elements(page.blocks):
+            if e["t"] == "Image" and (file := sources / e["c"][2][0]).is_file() and e["c"][2][0] not in page.files:
+                target = folder / e["c"][2][0]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+# Search
+
+def search_index(pages):
+    "The sections of all pages as a script: [page, anchor, chapter, heading, kind, text] for each."
+    entries = [entry for page in pages for entry in sections(page)]
+    data = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    return f"window.bookIndex = {data};\n"
+
+
+def sections(page):
+    "The sections of one page; an API entry is one too."
+    title = re.sub(r"[`*$]", "", page.chapter.title)
+    found = [[page.chapter.page, "", title, title, "page", page.chapter.description]]
+
+    def visit(blocks, kind="section"):
+        for b in blocks:
+            t, c = b["t"], b.get("c")
+            if t == "Header" and c[1][0]:
+                heading = text([x for x in c[2] if x["t"] != "Link"]).strip()
+                found.append([page.chapter.page, c[1][0], title, heading, kind, ""])
+            elif t == "Div" and not folded(c): visit(c[1], "api" if "api" in c[0][1] else kind)
+            elif t not in ("Div", "RawBlock"): found[-1][5] += " " + ("" if is_source_link(b) else text(b))
+    visit(page.blocks)
+    return [[*e[:5], " ".join(e[5].split())] for e in found]
+
+
+def is_source_link(block):
+    return block["t"] == "Plain" and bool(block["c"]) and block["c"][0]["t"] == "Link" and "api-source" in block["c"][0]["c"][0][1]
+
+
+def folded(content):
+    "Is a block an output, or source that the page shows folded?"
+    (_, classes, _), blocks = content
+    return "output" in classes or "cell" in classes and blocks[0]["t"] == "RawBlock" and "<details" in blocks[0]["c"][1]

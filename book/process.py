@@ -1,0 +1,133 @@
+"""Process the chapters with nbdev's pieces, into notebooks that Quarto and our own renderer read.
+
+Exported cells give way to the API entries of what they define, hidden cells go, names in backticks become links.
+No cell runs: entries come from the exported modules, other outputs are those saved in the notebooks.
+"""
+import ast
+import re
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import yaml
+from execnb.nbio import read_nb, write_nb
+from fastcore.xtras import dict2obj
+from nbdev.config import get_config
+from nbdev.process import Processor
+from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, insert_warning, mv_exports
+from nbdev.showdoc import show_doc
+
+from apidoc import Entry
+from blocks import definitions
+from outline import BookError
+
+EXPORT = re.compile(r"^#\|\s*export\s*$", re.M)
+SHORT = 20  # Lines of source that are shown unfolded where no API entry stands for them
+STYLE = re.compile(r"<style.*?</style>\s*", re.S)
+
+
+def prepare(nb):
+    "Let nbdev show the source of exported definitions, by its directive `exports`."
+    for cell in nb.cells:
+        if cell.cell_type == "code" and EXPORT.search(cell.source) and definitions(cell.source):
+            cell.set_source(EXPORT.sub("#| exports", cell.source, count=1))
+
+
+class show_docs(Processor):
+    "Fill the cells `show_doc(name)` from the exported module, in place of running the notebook."
+
+    def begin(self):
+        named = [c.directives_["default_exp"] for c in self.nb.cells if "default_exp" in (c.directives_ or {})]
+        self.names = {}
+        if named: self.names |= vars(import_module(f"{get_config().lib_path.name}.{named[0][0]}"))
+        self.names["show_doc"] = partial(show_doc, renderer=Entry)
+
+    def cell(self, cell):
+        if cell.cell_type != "code" or not re.search(r"^show_doc\(", cell.source, re.M): return
+        try: entry = eval(cell.source, self.names)._repr_markdown_()
+        except Exception as error:
+            place = f"{Path(self.nb.path_).name}, {cell.source.splitlines()[-1]}"
+            raise BookError(f"{place}: {type(error).__name__}: {error} (does the module hold it? run nbdev_export)") from error
+        output = {"output_type": "display_data", "metadata": {}, "data": {"text/markdown": entry}}
+        cell["outputs"] = [dict2obj(output)]
+
+
+class order_docs(Processor):
+    "Put the API entries of a cell in the order of its definitions, and its source after them: folded unless it is short and without entry."
+
+    def begin(self):
+        cells, out = list(self.nb.cells), []
+        while cells:
+            cell, docs = cells.pop(0), []
+            if cell.cell_type == "code" and "exports" in cell.directives_:
+                while cells and getattr(cells[0], "has_sd", False): docs.insert(0, cells.pop(0))
+                if (names := defined(cell)) and (docs or cell.source.count("\n") >= SHORT):
+                    cell.source = f'#| code-fold: true\n#| code-summary: "Source of {names}"\n{cell.source}'
+            out += [*docs, cell]
+        self.nb.cells[:] = out
+
+
+def defined(cell):
+    "The functions and classes that `cell` defines, as text; empty for constants, which are shown unfolded."
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return ", ".join(n.name for n in ast.parse(cell.source).body if isinstance(n, kinds))
+
+
+class Filter(FilterDefaults):
+    "nbdev's processors, with our order of API entries."
+
+    def base_procs(self):
+        ours = {add_fold: None, insert_warning: None, exec_show_docs: show_docs, mv_exports: order_docs}
+        return [p for p in (ours.get(p, p) for p in super().base_procs()) if p]
+
+
+def entries(chapters):
+    "Where the API entries of all chapters will be: the set of `page#anchor`."
+    found = set()
+    for c in chapters:
+        code = [x.source for x in c.nb.cells if x.cell_type == "code"]
+        names = [n for s in code if EXPORT.search(s) for n in definitions(s) if n[0] != "_"]
+        names += [n for s in code for n in re.findall(r"^show_doc\(([\w.]+)", s, re.M)]
+        found |= {f"{c.page}#{n.lower()}" for n in names}
+    return found
+
+
+def repair(nb, home, known):
+    "Mend what nbdev leaves: odd keys, links that are absolute, in headings or to no entry; `home` is the site's address."
+    for cell in nb.cells:
+        cell.pop("has_sd", None)
+        if cell.cell_type == "markdown": cell.source = local(cell.source, home, known)
+        for out in cell.get("outputs", []) if cell.cell_type == "code" else []:
+            if out.output_type == "execute_result": out["execution_count"] = 0
+            data = out.get("data", {})
+            if "text/markdown" in data: data["text/markdown"] = local("".join(data["text/markdown"]), home, known)
+            if "text/html" in data: data["text/html"] = STYLE.sub("", "".join(data["text/html"]))
+        if cell.cell_type == "code": cell["execution_count"] = cell.get("execution_count") or 0
+
+
+def local(text, home, known):
+    "The links that nbdev made from backticks, relative; a method without an entry goes to its class, other names lose theirs."
+    def mend(m):
+        target = next((t for t in (m[2], m[2].rpartition(".")[0]) if t in known), None)
+        return f"[{m[1]}]({target})" if target else m[1]
+    text = re.sub(r"\[(`[^`]*`)\]\(" + re.escape(home) + r"([^)\s]*)\)", mend, text)
+    return re.sub(r"^(#+ .*)$", lambda m: re.sub(r"\[(`[^`]*`)\]\([^)]*\)", r"\1", m[1]), text, flags=re.M)
+
+
+def unnumber(nb):
+    "Mark the chapter as one without a number, as Quarto wants it: in its title."
+    front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
+    if ".unnumbered" not in front["title"]: front["title"] += " {.unnumbered}"
+    nb.cells[0].source = f"---\n{yaml.safe_dump(front, allow_unicode=True, width=1000)}---\n"
+
+
+def process(chapter, folder, known):
+    "Write the processed notebook of `chapter` into `folder`, and return it; `known` are the book's API entries."
+    config = get_config()
+    nb = read_nb(chapter.path)
+    prepare(nb)
+    Filter()(nb)
+    repair(nb, f"{config.doc_host.rstrip('/')}/{config.doc_baseurl.strip('/')}/", known)
+    if not chapter.numbered: unnumber(nb)
+    write_nb(nb, folder / chapter.path.name)
+    return read_nb(folder / chapter.path.name)

@@ -1,0 +1,618 @@
+"""The data sets: what they hold, that parts never overlap, that broken files are refused, and the download path."""
+import gzip
+import hashlib
+import http.server
+import os
+import struct
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sharetie.data as data
+from sharetie.data import (Source, Split, adding, copying, digits, encode, find_file, load, monks, monks_rule, names, parity,
+                           parts, read_conll, read_csv, read_idx, shared_curves, standardize, task_pair, two_spirals)
+
+EMBEDDED = ["digits", "two_spirals", "parity", "monks", "task_pair", "adding", "copying", "shared_curves"]
+SPLITS = "train", "valid", "test"
+
+
+def same(a, b):
+    "Do two data sets hold the same tensors?"
+    return all(torch.equal(getattr(getattr(a, p), k), getattr(getattr(b, p), k)) for p in SPLITS for k in "xy")
+
+
+def different(*tensors):
+    "Different rows in all of `tensors`."
+    return len(torch.cat([t.flatten(1).double() for t in tensors]).unique(dim=0))
+
+
+# parts ------------------------------------------------------------------------------------------------------------
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200), st.floats(0, 0.49), st.floats(0, 0.49), st.integers(0, 2**31))
+def test_parts_are_disjoint_complete_and_proportional(labels, valid, test, seed):
+    labels = np.array(labels)
+    cut = parts(len(labels), valid, test, seed, labels)
+    assert np.array_equal(np.sort(np.concatenate(cut)), np.arange(len(labels)))
+    for index, share in zip(cut, (1 - valid - test, valid, test)):
+        assert (np.diff(index) > 0).all()
+        for c in np.unique(labels):
+            assert abs((labels[index] == c).sum() - share * (labels == c).sum()) <= 1
+
+
+def test_parts_accept_other_labels_than_numbers():
+    a = parts(6, 0, 0.5, labels=["b", "a", "b", "a", "b", "b"])
+    assert sorted(map(len, a)) == [0, 3, 3]
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(n=0), ["n is 0", "at least 1"]),
+    (dict(n=10, valid=-0.1), ["valid is -0.1", "from 0.0"]),
+    (dict(n=10, test=1.2, valid=0), ["test=1.2", "valid=0"]),
+    (dict(n=10, valid=0.7, test=0.3), ["valid=0.7", "test=0.3", "below 1"]),
+    (dict(n=10, test=float("nan")), ["test is nan"]),
+    (dict(n=10, labels=[1, 2]), ["2 entries", "n=10"]),
+    (dict(n=10, seed=-1), ["seed is -1"]),
+])
+def test_parts_refuse(options, words):
+    with pytest.raises(ValueError) as error: parts(**options)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("n", [2.0, "ten", True, None])
+def test_parts_want_a_whole_number(n):
+    with pytest.raises(TypeError, match="n is .* expected a whole number"): parts(n)
+
+
+def test_standardize_uses_the_first_part_only():
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(50, 3, generator=generator) * 7 + 2, torch.randn(20, 3, generator=generator)
+    a, b = standardize(train, test)
+    assert torch.allclose(a.mean(0), torch.zeros(3), atol=1e-6) and torch.allclose(a.std(0, correction=0), torch.ones(3))
+    assert torch.equal(standardize(train, test * 100)[0], a)
+    assert torch.allclose(b, (test - train.mean(0)) / train.std(0, correction=0))
+
+
+# the embedded data sets -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_data_sets(name):
+    "Same seed, same data; another seed, other data; no row in two parts; global random states untouched."
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, again, other = load(name), load(name), load(name, seed=1)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+    assert same(first, again)
+    assert same(first, other) == (name == "two_spirals")  # without noise it has nothing random
+    xs = [getattr(first, p).x for p in SPLITS]
+    assert different(*xs) == sum(different(x) for x in xs if len(x))
+    assert first.sizes == {p: len(getattr(first, p).y) for p in SPLITS} and first.sizes["test"] > 0
+    assert repr(first).startswith(name) and first.source in repr(first)
+    assert all(t.isfinite().all() for p in SPLITS for t in getattr(first, p))
+
+
+def test_the_global_seed_changes_nothing():
+    torch.manual_seed(1), np.random.seed(1)
+    a = task_pair(n=20, dim=3)
+    torch.manual_seed(2), np.random.seed(2)
+    assert same(a, task_pair(n=20, dim=3))
+
+
+def test_data_sets_pass_through_processes():
+    import pickle
+    for name in ("digits", "shared_curves"): assert same(load(name), pickle.loads(pickle.dumps(load(name))))
+
+
+def test_digits():
+    d = digits(valid=0.1, test=0.3)
+    assert sum(d.sizes.values()) == 1797 and d.train.x.dtype == torch.float32 and d.train.y.dtype == torch.int64
+    assert d.train.x.shape[1:] == (1, 8, 8) and d.train.x.min() == 0 and d.train.x.max() == 1
+    shares = [getattr(d, p).y.bincount() / len(getattr(d, p).y) for p in SPLITS]
+    assert all((s - shares[0]).abs().max() < 0.01 for s in shares)
+
+
+def test_two_spirals_are_the_published_ones():
+    x, y = two_spirals().train
+    i = np.arange(97)
+    radius, angle = 6.5 * (104 - i) / 104, i * np.pi / 16
+    assert np.allclose(x[y == 1], np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1), atol=1e-6)
+    assert two_spirals(density=3).sizes == {"train": 578, "valid": 576, "test": 576}
+    noisy = two_spirals(density=20, noise=0.3)
+    assert abs((noisy.train.x - two_spirals(density=20).train.x).std() - 0.3) < 0.01
+
+
+def test_parity():
+    x, y = parity(6, valid=0, test=0).train
+    assert x.shape == (64, 6) and different(x) == 64
+    assert y.tolist() == [sum(map(int, row)) % 2 for row in x.tolist()]
+
+
+@pytest.mark.parametrize("problem, positive", [(1, 216), (2, 142), (3, 228)])
+def test_monks(problem, positive):
+    every = np.indices((3, 3, 2, 3, 4, 2)).reshape(6, -1).T + 1
+    rules = {1: lambda a: a[0] == a[1] or a[4] == 1, 2: lambda a: list(a).count(1) == 2,
+             3: lambda a: (a[4] == 3 and a[3] == 1) or (a[4] != 4 and a[1] != 3)}
+    assert monks_rule(problem, every).tolist() == [int(rules[problem](a)) for a in every.tolist()]
+    assert monks_rule(problem, every).sum() == positive
+    d = monks(problem, one_hot=False, valid=0.25)
+    n = {1: 124, 2: 169, 3: 122}[problem]
+    assert d.sizes == {"train": n, "valid": round((432 - n) / 4), "test": 432 - n - round((432 - n) / 4)}
+    assert different(*(getattr(d, p).x for p in SPLITS)) == 432
+    wrong = [int((monks_rule(problem, s.x.numpy()) != s.y.numpy()).sum()) for s in (d.train, d.valid, d.test)]
+    assert wrong == [6 * (problem == 3), 0, 0]
+
+
+def test_monks_one_hot_and_published_protocol():
+    plain, hot = monks(2, one_hot=False), monks(2)
+    edges = np.cumsum([0, 3, 3, 2, 3, 4, 2])
+    back = torch.stack([hot.train.x[:, a:b].argmax(1) + 1 for a, b in zip(edges, edges[1:])], 1)
+    assert torch.equal(back, plain.train.x) and hot.train.x.shape[1] == 17 and (hot.train.x.sum(1) == 6).all()
+    published = monks(2, published=True)
+    assert len(published.test.x) == 432 and different(published.train.x, published.test.x) == 432
+    assert torch.equal(published.train.x, hot.train.x)
+
+
+@pytest.mark.parametrize("p", [-1, -0.5, 0, 0.3, 1])
+def test_task_pair_weights_have_the_correlation(p):
+    d = task_pair(p, n=3000, dim=7, scale=2.0, sines=0, noise=0.0, valid=0, test=0)
+    w = d.facts["weights"]
+    assert torch.allclose(w.norm(dim=1), torch.tensor([2.0, 2.0])) and abs(torch.cosine_similarity(*w, dim=0) - p) < 1e-5
+    assert torch.allclose(d.train.y, d.train.x @ w.T, atol=1e-4)
+    assert abs(np.corrcoef(d.train.y.T)[0, 1] - p) < 0.06
+
+
+def test_task_pair_label_formula():
+    d = task_pair(0.4, n=50, dim=5, sines=3, noise=0.0, valid=0, test=0)
+    z = d.train.x @ d.facts["weights"].T
+    y = z + sum(torch.sin(i * z + (i - 1) ** 2) for i in (1, 2, 3))
+    assert torch.allclose(d.train.y, y, atol=1e-4)
+
+
+def test_task_pair_labels_agree_more_with_more_correlation():
+    seen = [np.corrcoef(task_pair(p, n=4000, dim=4, valid=0, test=0).train.y.T)[0, 1] for p in (-1, -0.5, 0, 0.5, 0.9, 1)]
+    assert (np.diff(seen) > 0.1).all() and seen[-1] > 0.999 and abs(seen[2]) < 0.06
+
+
+def test_adding():
+    x, y = adding(11, n=500, valid=0, test=0).train
+    assert x.shape == (500, 11, 2) and y.shape == (500, 1) and x.dtype == y.dtype == torch.float32
+    assert (x[:, :5, 1].sum(1) == 1).all() and (x[:, 5:, 1].sum(1) == 1).all() and ((x[..., 0] >= 0) & (x[..., 0] < 1)).all()
+    for row, total in zip(x[:20].tolist(), y.tolist()):
+        assert abs(sum(number for number, mark in row if mark == 1) - total[0]) < 1e-6
+
+
+def test_copying():
+    x, y = copying(delay=7, length=4, symbols=5, n=200, valid=0, test=0).train
+    assert x.shape == y.shape == (200, 15) and x.dtype == y.dtype == torch.int64
+    assert torch.equal(x[:, :4], y[:, -4:]) and x[:, :4].max() == 4
+    assert (x[:, 10] == 6).all() and ((x == 6).sum(1) == 1).all() and (y[:, :-4] == 5).all()
+    assert (x[:, 4:10] == 5).all() and (x[:, 11:] == 5).all()
+    assert len(copying(length=2, symbols=3, n=9, valid=0, test=0).train.x.unique(dim=0)) == 9
+    assert copying(length=40, symbols=8, n=10).sizes["train"] == 6
+
+
+def test_shared_curves():
+    d = shared_curves(groups=3, points=5, noise=0.0, rate=0.7, span=2.0)
+    truth, t, k = d.truth, d.t, d.group
+    assert d.train.x.dtype == torch.float64 and k.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and t.max() == 2
+    for split in (d.train, d.valid, d.test):
+        t, k = split.x[:, 0], split.x[:, 1].long()
+        assert torch.allclose(split.y, truth["amplitude"][k] * torch.exp(-0.7 * t) + truth["offset"][k], atol=1e-12)
+    assert (shared_curves(same_amplitude=True).truth["amplitude"] == 1).all()
+    assert isinstance(load("shared_curves", points=3), data.Curves)
+
+
+# bad options ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("make, options, words", [
+    (digits, dict(valid=0.6, test=0.4), ["valid=0.6", "test=0.4"]),
+    (digits, dict(test=-0.2), ["test is -0.2"]),
+    (digits, dict(seed=-3), ["seed is -3"]),
+    (two_spirals, dict(density=0), ["density is 0", "at least 1"]),
+    (two_spirals, dict(noise=-1.0), ["noise is -1.0"]),
+    (two_spirals, dict(noise=float("inf")), ["noise is inf"]),
+    (parity, dict(bits=0), ["bits is 0", "at least 1"]),
+    (parity, dict(bits=21), ["bits is 21", "at most 20"]),
+    (monks, dict(problem=4), ["problem is 4", "1, 2 or 3"]),
+    (monks, dict(problem=1, valid=1.5), ["valid is 1.5"]),
+    (task_pair, dict(correlation=1.01), ["correlation is 1.01", "-1 to 1"]),
+    (task_pair, dict(correlation=float("nan")), ["correlation is nan"]),
+    (task_pair, dict(n=0), ["n is 0"]),
+    (task_pair, dict(dim=1), ["dim is 1", "at least 2"]),
+    (adding, dict(steps=1), ["steps is 1", "at least 2"]),
+    (adding, dict(n=-5), ["n is -5"]),
+    (copying, dict(delay=0), ["delay is 0"]),
+    (copying, dict(symbols=1), ["symbols is 1"]),
+    (copying, dict(n=1001, symbols=10, length=3), ["n is 1001", "1000 sequences"]),
+    (shared_curves, dict(groups=0), ["groups is 0"]),
+    (shared_curves, dict(points=1), ["points is 1", "at least 2"]),
+    (shared_curves, dict(rate=-1.0), ["rate is -1.0"]),
+])
+def test_bad_options(make, options, words):
+    with pytest.raises(ValueError) as error: make(**options)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("make, options", [(adding, dict(steps=5.0)), (parity, dict(bits="4")), (task_pair, dict(correlation="high")),
+                                           (copying, dict(n=None)), (shared_curves, dict(groups=True))])
+def test_options_of_the_wrong_type(make, options):
+    with pytest.raises(TypeError, match=f"{next(iter(options))} is"): make(**options)
+
+
+def test_load_lists_the_names_that_exist():
+    with pytest.raises(ValueError) as error: load("nonsense")
+    assert all(name in str(error.value) for name in names()) and "did you mean" not in str(error.value)
+    with pytest.raises(ValueError, match="did you mean 'two_spirals'"): load("spirals")
+    with pytest.raises(ValueError, match="did you mean 'mnist'"): load("MNIST")
+    assert names() == sorted([*EMBEDDED, "mnist", "fashion_mnist", "adult", "conll2000"])
+    with pytest.raises(TypeError, match="bitz"): load("parity", bitz=3)
+
+
+# readers ----------------------------------------------------------------------------------------------------------
+
+def idx(array, code):
+    "An idx file as bytes."
+    array = np.asarray(array)
+    return bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.astype(data.IDX_TYPES[code]).tobytes()
+
+
+@pytest.mark.parametrize("code", data.IDX_TYPES)
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (2, 1, 3), (0, 4)])
+def test_idx_round_trip(tmp_path, code, shape):
+    array = np.arange(np.prod(shape)).reshape(shape) - (3 if code != 8 else 0)
+    for name, blob in (("a", idx(array, code)), ("a.gz", gzip.compress(idx(array, code)))):
+        (tmp_path / name).write_bytes(blob)
+        got = read_idx(tmp_path / name)
+        assert got.shape == shape and np.array_equal(got, array)
+        got += 1  # writable, and no copy of the file's buffer
+
+
+def test_idx_refuses_every_truncation_and_any_trailing_byte(tmp_path):
+    whole, path = idx(np.arange(12).reshape(3, 4), 8), tmp_path / "a"
+    for n in range(len(whole)):
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match="truncated|not an idx file"): read_idx(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(ValueError, match="trailing bytes: shape .3, 4. needs 24 bytes, the file has 25"): read_idx(path)
+
+
+@pytest.mark.parametrize("blob", [b"<!DOCTYPE html>", b"\0\0\x07\x01\0\0\0\0", b"\0\1\x08\x01\0\0\0\0", b"\0\0\x08\x00", b""])
+def test_idx_refuses_other_files(tmp_path, blob):
+    (tmp_path / "a").write_bytes(blob)
+    with pytest.raises(ValueError, match="not an idx file: it starts with"): read_idx(tmp_path / "a")
+
+
+def test_idx_refuses_absurd_sizes(tmp_path):
+    (tmp_path / "a").write_bytes(b"\0\0\x0e\x04" + b"\xff" * 16)
+    with pytest.raises(ValueError, match="truncated: shape .* the file has 20"): read_idx(tmp_path / "a")
+
+
+def test_damaged_gzip_is_never_read_as_other_data(tmp_path):
+    whole, path = gzip.compress(idx(np.arange(60), 8), mtime=0), tmp_path / "a.gz"
+    right = torch.arange(60, dtype=torch.uint8)
+    for n in range(2, len(whole)):
+        path.write_bytes(whole[:n])
+        with pytest.raises(ValueError, match="damaged or truncated"): read_idx(path)
+    for i in range(len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1:])
+        try: assert torch.equal(read_idx(path), right)  # a flipped bit of the header's time stamp changes nothing
+        except ValueError: pass
+    path.write_bytes(whole + b"rest")
+    with pytest.raises(ValueError, match="damaged or truncated"): read_idx(path)
+
+
+SCHEMA = {"age": float, "sex": ("Female", "Male")}
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("| comment\n39, Male\n\n50.5,Female\n\n")
+    frame = read_csv(path, SCHEMA)
+    assert frame["age"].tolist() == [39, 50.5] and frame["age"].dtype == float and frame["sex"].tolist() == ["Male", "Female"]
+
+
+@pytest.mark.parametrize("blob, message", [
+    (b"39, Male\n50\n", "line 2 has 1 columns, expected 2"),
+    (b"39, Male\n\n50, Male, x\n", "line 3 has 3 columns, expected 2"),
+    (b"39, Male\n50, Man\n", "line 2, column sex: 'Man', expected one of Female, Male"),
+    (b"39, Male\nold, Male\n", "line 2, column age: 'old', expected a number"),
+    (b"inf, Male\n", "line 1, column age: 'inf', expected a number"),
+    (b", Male\n", "line 1, column age: '', expected a number"),
+    (b"39, Male\n50, Fem", "truncated: the last line, 2, has no line break"),
+    (b"39, Male\n50, M\xe4nnlich\n", "line 2 is not UTF-8 text .byte 0xe4"),
+    (b'39, Male\n50, "Male\n', "line 2: unexpected end of data"),
+    (b"39, Male\n50, Ma\0le\n", "line 2"),
+    (b"", "the file is empty"), (b"\n\n", "the file is empty"), (b"|x\n", "comments only"),
+])
+def test_csv_refuses(tmp_path, blob, message):
+    (tmp_path / "a.csv").write_bytes(blob)
+    with pytest.raises(ValueError, match=message): read_csv(tmp_path / "a.csv", SCHEMA)
+
+
+TEXT = "We PRP B-NP\nread VBP B-VP\n\nWell UH O\n\n"
+
+
+def test_conll(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(TEXT.encode()))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive: archive.writestr("in/a.txt", TEXT)
+    plain = read_conll(tmp_path / "a.txt")
+    assert plain == read_conll(tmp_path / "a.txt.gz") == read_conll(tmp_path / "a.zip", "in/a.txt")
+    assert len(plain) == 2 and plain.tokens == 3 and plain.column(0) == ["We", "read", "Well"] and plain[1] == (("Well", "UH", "O"),)
+    assert plain[[1]].rows == (plain[1],)
+
+
+@pytest.mark.parametrize("blob, message", [
+    (b"We PRP B-NP\nread VBP\n\n", "line 2 has 2 columns, expected 3"),
+    (b"We PRP B-NP x\n\n", "line 1 has 4 columns"),
+    (b"We  B-NP\n\n", "line 1 has 3 columns, expected 3 words"),
+    (b"We PRP B-NP\n", "ends inside a sentence, at 'We PRP B-NP'"),
+    (b"We PRP B-NP\n\nread VBP B-", "truncated: the last line, 3"),
+    (b"We PRP B-NP\n\n\xff\xfe VBP B-VP\n\n", "line 3 is not UTF-8"),
+    (b"", "the file is empty"),
+])
+def test_conll_refuses(tmp_path, blob, message):
+    (tmp_path / "a.txt").write_bytes(blob)
+    with pytest.raises(ValueError, match=message): read_conll(tmp_path / "a.txt")
+
+
+def test_conll_refuses_damaged_archives(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive: archive.writestr("a.txt", TEXT * 50)
+    whole = path.read_bytes()
+    with pytest.raises(ValueError, match="no member 'b.txt'"): read_conll(path, "b.txt")
+    path.write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match="damaged or truncated"): read_conll(path, "a.txt")
+    path.write_bytes(whole[:50] + bytes([whole[50] ^ 0xFF]) + whole[51:])
+    with pytest.raises(ValueError, match="damaged or truncated"): read_conll(path, "a.txt")
+
+
+def test_encode(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    text = read_conll(tmp_path / "a.txt")
+    x, y = encode(text, ("<pad>", "<unknown>", "read"), (("PRP", "UH", "VBP"),))
+    assert x.tolist() == [[1, 2], [1, 0]] and y[..., 0].tolist() == [[0, 2], [1, -100]]
+    with pytest.raises(ValueError, match=r"tags \['UH'\] in column 1, expected one of PRP, VBP"):
+        encode(text, ("<pad>", "<unknown>"), (("PRP", "VBP"),))
+
+
+# finding and downloading ------------------------------------------------------------------------------------------
+
+CONTENT = idx(np.arange(5000) % 251, 8)
+FILE = gzip.compress(CONTENT, mtime=0)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    "Serves FILE under /good/, and fails in one way under each other folder."
+
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        kind = self.path.split("/")[1]
+        body = gzip.compress(CONTENT[:-1] + b"?", mtime=0) if kind == "wrong" else FILE
+        if kind == "absent": return self.send_error(404)
+        self.send_response(200)
+        if kind != "short": self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if kind in ("drop", "short") else body)
+
+    def log_message(self, *args): pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    "A local server; the cache is an empty folder, and SHARETIE_DATA is not set."
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("SHARETIE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("SHARETIE_DATA", raising=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked = []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    server.source = lambda *kinds: {"toy": Source(tuple(f"http://127.0.0.1:{server.server_port}/{kind}/" for kind in kinds), {"a.gz": DIGEST})}
+    server.stop = lambda: (server.shutdown(), server.server_close(), thread.join())
+    yield server
+    if thread.is_alive(): server.stop()
+
+
+def files_in(path): return sorted(str(p.relative_to(path)) for p in Path(path).rglob("*") if p.is_file())
+
+
+def test_download_and_second_call_without_network(server, tmp_path):
+    path = find_file("toy", "a.gz", server.source("good"))
+    assert path == tmp_path / "cache/toy/a.gz" and path.read_bytes() == FILE and files_in(tmp_path) == ["cache/toy/a.gz"]
+    server.stop()
+    assert find_file("toy", "a.gz", server.source("good")) == path and server.asked == ["/good/a.gz"]
+
+
+@pytest.mark.parametrize("kind, reason", [("wrong", "the SHA-256 of its content is .* expected " + DIGEST), ("drop", "IncompleteRead"),
+                                          ("short", "damaged or truncated"), ("absent", "404")])
+def test_failed_download_leaves_nothing(server, tmp_path, kind, reason):
+    with pytest.raises(FileNotFoundError, match=reason) as error: find_file("toy", "a.gz", server.source(kind))
+    assert files_in(tmp_path) == []
+    message = str(error.value)
+    assert "two ways" in message and "SHARETIE_DATA=" in message and "SHARETIE_CACHE=" in message and f"/{kind}/a.gz" in message
+    assert find_file("toy", "a.gz", server.source("good")).read_bytes() == FILE  # and the next call can succeed
+
+
+def test_unknown_file_lists_the_known_ones(server):
+    for name, file in (("toy", "b.gz"), ("tay", "a.gz")):
+        with pytest.raises(ValueError, match=f"no file '{file}' of a data set '{name}'; there are toy: a.gz"):
+            find_file(name, file, server.source("good"))
+
+
+def test_second_address_is_tried(server, tmp_path):
+    find_file("toy", "a.gz", server.source("absent", "drop", "good"))
+    assert server.asked == ["/absent/a.gz", "/drop/a.gz", "/good/a.gz"] and files_in(tmp_path) == ["cache/toy/a.gz"]
+
+
+def test_no_server_at_all(server, tmp_path):
+    source = server.source("good")
+    server.stop()
+    with pytest.raises(FileNotFoundError, match="two ways to provide it"): find_file("toy", "a.gz", source)
+    assert files_in(tmp_path) == []
+
+
+def test_interrupted_download_leaves_nothing(server, tmp_path, monkeypatch):
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr(data, "_verify", interrupt)
+    with pytest.raises(KeyboardInterrupt): data._download(server.source("good")["toy"].urls[0] + "a.gz", tmp_path / "cache/toy/a.gz", DIGEST)
+    assert files_in(tmp_path) == []
+
+
+def test_damaged_cache_is_replaced(server, tmp_path):
+    path = tmp_path / "cache/toy/a.gz"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(FILE[:100])
+    assert find_file("toy", "a.gz", server.source("good")).read_bytes() == FILE
+
+
+@pytest.mark.parametrize("cache", ["plain", "plain/below"])
+def test_cache_that_cannot_be_made(server, tmp_path, monkeypatch, cache):
+    "The cache folder is, or lies below, a plain file: nobody can write there, root included."
+    (tmp_path / "plain").write_text("mine")
+    monkeypatch.setenv("SHARETIE_CACHE", str(tmp_path / cache))
+    with pytest.raises(FileNotFoundError, match="a cache folder that can be written"): find_file("toy", "a.gz", server.source("good"))
+    assert files_in(tmp_path) == ["plain"] and (tmp_path / "plain").read_text() == "mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_cache(server, tmp_path):
+    (tmp_path / "cache/toy").mkdir(parents=True)
+    (tmp_path / "cache/toy").chmod(0o500)
+    with pytest.raises(FileNotFoundError, match="a cache folder that can be written"): find_file("toy", "a.gz", server.source("good"))
+    (tmp_path / "cache/toy").chmod(0o700)
+    assert files_in(tmp_path) == []
+
+
+def test_own_folder_comes_first_and_is_checked(server, tmp_path, monkeypatch):
+    own = tmp_path / "own/toy/a.gz"
+    own.parent.mkdir(parents=True)
+    monkeypatch.setenv("SHARETIE_DATA", str(tmp_path / "own"))
+    own.write_bytes(gzip.compress(CONTENT, 1))  # other bytes, same content
+    assert find_file("toy", "a.gz", server.source("good")) == own
+    own.write_bytes(gzip.compress(CONTENT[:-1] + b"?"))
+    with pytest.raises(ValueError, match="own/toy/a.gz: the SHA-256 of its content is .*another or a damaged file"):
+        find_file("toy", "a.gz", server.source("good"))
+    own.write_bytes(FILE[:50])
+    with pytest.raises(ValueError, match="own/toy/a.gz: damaged or truncated"): find_file("toy", "a.gz", server.source("good"))
+    assert server.asked == [] and own.exists()
+    own.unlink()
+    assert find_file("toy", "a.gz", server.source("good")).parent == tmp_path / "cache/toy"
+
+
+# the full data sets, on small copies of their formats ------------------------------------------------------------
+
+def provide(monkeypatch, tmp_path, name, blobs):
+    "Put `blobs` into the data folder as the files of data set `name`."
+    (tmp_path / name).mkdir()
+    for file, blob in blobs.items(): (tmp_path / name / file).write_bytes(blob)
+    monkeypatch.setenv("SHARETIE_DATA", str(tmp_path))
+    digest = {file: hashlib.sha256(data._content(tmp_path / name / file)).hexdigest() for file in blobs}
+    monkeypatch.setitem(data.SOURCES, name, Source((), digest))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_images_from_small_files(monkeypatch, tmp_path, name):
+    rng = np.random.default_rng(0)
+    image = {"train": rng.integers(0, 256, (60, 28, 28)), "t10k": rng.integers(0, 256, (10, 28, 28))}
+    label = {"train": np.arange(60) % 10, "t10k": np.arange(10)}
+    provide(monkeypatch, tmp_path, name, {f"{p}-{w}-ubyte.gz": gzip.compress(idx(a[p], 8))
+                                          for p in image for w, a in (("images-idx3", image), ("labels-idx1", label))})
+    d = load(name)
+    assert d.sizes == {"train": 50, "valid": 10, "test": 10} and d.train.x.shape[1:] == (1, 28, 28)
+    assert d.train.x.dtype == torch.float32 and d.train.x.max() <= 1 and d.valid.y.sort().values.tolist() == list(range(10))
+    assert np.allclose(d.test.x[:, 0] * 255, image["t10k"]) and d.test.y.tolist() == list(range(10))
+    assert different(*(getattr(d, p).x for p in SPLITS)) == 70
+    assert same(d, load(name)) and not same(d, load(name, seed=1))
+
+
+PERSON = "{age}, Private, {weight}, HS-grad, 9, {marital}, Sales, {relation}, White, Male, 0, 0, 40, ?, {income}\n"
+
+
+def people(n, dot, shift=0.0):
+    "n records in the format of Adult."
+    kinds = ("Never-married", "Own-child"), ("Divorced", "Unmarried")
+    rows = [PERSON.format(age=20 + i + shift, weight=1000 + i, marital=kinds[i % 2][0], relation=kinds[i % 2][1],
+                          income=("<=50K", ">50K")[i % 3 == 0] + dot) for i in range(n)]
+    return "".join(rows).encode()
+
+
+def test_adult_from_small_files(monkeypatch, tmp_path):
+    provide(monkeypatch, tmp_path, "adult", {"adult.data": people(30, ""), "adult.test": b"|1x3 Cross validator\n" + people(12, ".")})
+    d = load("adult")
+    assert d.sizes == {"train": 24, "valid": 6, "test": 12} and d.train.x.shape[1] == 94 == len(d.facts["inputs"])
+    assert d.test.y.tolist() == [[float(i % 3 == 0), float(i % 2 == 0)] for i in range(12)]
+    assert not any(word in name for name in d.facts["inputs"] for word in ("marital", "relationship", "fnlwgt", "income"))
+    assert (d.train.x[:, 5:].sum(1) == 6).all() and d.train.x[:, :5].mean(0).abs().max() < 1e-6
+    fit, held = d.facts["index"]
+    assert torch.equal(torch.cat([fit, held]).sort().values, torch.arange(30))
+    age, mean = torch.arange(30.0) + 20, (fit + 20.0).mean()
+    assert torch.allclose(d.valid.x[:, 0], ((age[held] - mean) / age[fit].std(correction=0)), atol=1e-5)
+
+
+def test_adult_statistics_ignore_the_other_parts(monkeypatch, tmp_path):
+    provide(monkeypatch, tmp_path, "adult", {"adult.data": people(30, ""), "adult.test": people(12, ".")})
+    before = load("adult")
+    (tmp_path / "adult/adult.test").write_bytes(people(12, ".", shift=500))
+    monkeypatch.setitem(data.SOURCES["adult"].files, "adult.test", hashlib.sha256(people(12, ".", shift=500)).hexdigest())
+    after = load("adult")
+    assert torch.equal(before.train.x, after.train.x) and not torch.equal(before.test.x, after.test.x)
+
+
+def test_adult_refuses_an_unknown_category(monkeypatch, tmp_path):
+    wrong = people(30, "").replace(b"Divorced", b"Engaged")
+    provide(monkeypatch, tmp_path, "adult", {"adult.data": wrong, "adult.test": people(12, ".")})
+    with pytest.raises(ValueError, match="adult.data: line 2, column marital-status: 'Engaged', expected one of"): load("adult")
+
+
+def test_conll2000_from_a_small_file(monkeypatch, tmp_path):
+    train = "".join(f"the DT B-NP\nword{i} NN I-NP\n\n" for i in range(20))
+    with zipfile.ZipFile(tmp_path / "conll.zip", "w") as archive:
+        archive.writestr("conll2000/train.txt", train), archive.writestr("conll2000/test.txt", TEXT)
+    provide(monkeypatch, tmp_path, "conll2000", {"conll2000.zip": (tmp_path / "conll.zip").read_bytes()})
+    d = load("conll2000", valid=0.25)
+    assert d.sizes == {"train": 15, "valid": 5, "test": 2} and d.words == ("<pad>", "<unknown>", "the")
+    assert d.tags == (("DT", "NN", "PRP", "UH", "VBP"), ("B-NP", "B-VP", "I-NP", "O"))
+    assert (d.train.x == torch.tensor([2, 1])).all() and d.test.x.tolist() == [[1, 1], [1, 0]]
+    assert not set(d.sentences["train"].rows) & set(d.sentences["valid"].rows)
+
+
+# the full data sets themselves ------------------------------------------------------------------------------------
+
+def provided(name):
+    "Skip unless the folder SHARETIE_DATA has data set `name`."
+    folder = Path(os.environ.get("SHARETIE_DATA", "")) / name
+    return pytest.mark.skipif(not os.environ.get("SHARETIE_DATA") or not folder.is_dir(), reason=f"no {name} in SHARETIE_DATA")
+
+
+@pytest.mark.mnist
+@provided("mnist")
+def test_mnist():
+    d = load("mnist")
+    assert d.sizes["train"] + d.sizes["valid"] == 60_000 and d.sizes["test"] == 10_000
+    assert d.test.y[:5].tolist() == [7, 2, 1, 0, 4] and 0.1 < d.train.x.mean() < 0.2
+
+
+@pytest.mark.adult
+@provided("adult")
+def test_adult():
+    d = load("adult")
+    assert d.sizes["train"] + d.sizes["valid"] == 32_561 and d.sizes["test"] == 16_281
+    positive = torch.cat([d.train.y, d.valid.y]).sum(0)
+    assert positive.tolist() == [7841, 10683]
+
+
+@pytest.mark.conll
+@provided("conll2000")
+def test_conll2000():
+    d = load("conll2000")
+    tokens = {part: text.tokens for part, text in d.sentences.items()}
+    assert tokens["train"] + tokens["valid"] == 211_727 and tokens["test"] == 47_377
+    assert d.sizes["train"] + d.sizes["valid"] == 8936 and d.sizes["test"] == 2012
+    assert all((getattr(d, p).y >= 0).any(-1).sum() == tokens[p] for p in SPLITS)

@@ -1,0 +1,740 @@
+"sharetie.train: what a run repeats, resumes, refuses and records."
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from sharetie import train
+from sharetie.train import Comparison, History, compare, error_rate, evaluate, fit, record, records, set_seed, subplots
+
+
+def toy(n=60):
+    "Points in the plane with the class of their quadrant's color."
+    x = torch.randn(n, 2, generator=torch.Generator().manual_seed(0))
+    return x, (x[:, 0] * x[:, 1] > 0).long()
+
+
+def net(seed=0, dropout=0.3):
+    set_seed(seed)
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2))
+
+
+def same(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def full_run(model, path=None, after_step=None, epochs=6, kind="cosine"):
+    "A run with everything that has a state: optimizer, schedule, dropout, batches, early stop."
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    scheduler = {
+        "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6),
+        "milestones": lambda: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4]),
+        "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        "sequence": lambda: torch.optim.lr_scheduler.SequentialLR(optimizer, [
+            torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)], [2]),
+    }[kind]()
+    return fit(model, toy(), F.cross_entropy, valid=toy(30), metrics={"error": error_rate}, optimizer=optimizer, scheduler=scheduler,
+               epochs=epochs, batch_size=16, patience=4, clip=1.0, checkpoint=path, after_step=after_step, seed=5)
+
+
+def stop_at(last, stop):
+    def at(step):
+        if step == last: stop()
+    return at
+
+
+def interrupt(): raise KeyboardInterrupt
+
+
+def kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---- resume
+
+
+@pytest.mark.parametrize("kind", ["cosine", "milestones", "plateau", "sequence"])
+def test_resumes_after_an_exception_in_an_epoch(tmp_path, kind):
+    whole = net()
+    history = full_run(whole, after_step=stop_at(-1, interrupt), kind=kind)
+    with pytest.raises(KeyboardInterrupt): full_run(net(), tmp_path / "run.pt", stop_at(11, interrupt), kind=kind)
+    resumed = net(seed=9)
+    pd.testing.assert_frame_equal(full_run(resumed, tmp_path / "run.pt", stop_at(-1, interrupt), kind=kind), history, check_exact=True)
+    assert same(resumed, whole)
+
+
+def test_resumes_after_every_epoch(tmp_path):
+    whole = net()
+    full_run(whole, after_step=stop_at(-1, interrupt))
+    for epochs in range(1, 7): full_run(resumed := net(seed=epochs - 1), tmp_path / "run.pt", stop_at(-1, interrupt), epochs)
+    assert same(resumed, whole)
+
+
+def test_resumes_after_the_process_is_killed(tmp_path):
+    whole = net()
+    full_run(whole, after_step=stop_at(-1, kill))
+    code = f"from pathlib import Path; import test_train as t; t.full_run(t.net(), Path({str(tmp_path / 'run.pt')!r}), t.stop_at(15, t.kill))"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == -signal.SIGKILL
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 3
+    full_run(resumed := net(seed=9), tmp_path / "run.pt", stop_at(-1, kill))
+    assert same(resumed, whole)
+
+
+def test_a_checkpoint_that_is_being_written_leaves_the_last_one(tmp_path, monkeypatch):
+    whole, writes, write = net(), [], torch.save
+    full_run(whole, after_step=stop_at(-1, interrupt))
+
+    def half(state, path):
+        writes.append(path)
+        write(state, path)
+        if len(writes) == 3:
+            path.write_bytes(path.read_bytes()[:100])
+            raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"): full_run(net(), tmp_path / "run.pt", stop_at(-1, interrupt))
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["epoch"] == 2
+    full_run(resumed := net(seed=9), tmp_path / "run.pt", stop_at(-1, interrupt))
+    assert same(resumed, whole)
+
+
+def test_a_stopped_run_stays_stopped(tmp_path):
+    def run(model): return fit(model, toy(), F.cross_entropy, valid=toy(30), patience=2, epochs=100, checkpoint=tmp_path / "run.pt",
+                               optimizer=torch.optim.SGD(model.parameters(), lr=3.0))
+    first, second = net(), net(seed=1)
+    history = run(first)
+    assert len(history) < 100
+    pd.testing.assert_frame_equal(run(second), history, check_exact=True)
+    assert same(first, second)
+
+
+def test_a_loader_resumes_with_its_own_generator(tmp_path):
+    def run(model, epochs, path=None):
+        loader = DataLoader(TensorDataset(*toy()), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(3))
+        return fit(model, loader, F.cross_entropy, epochs=epochs, checkpoint=path)
+    whole, resumed = net(), net()
+    run(whole, 4)
+    run(resumed, 2, tmp_path / "run.pt")
+    run(resumed := net(seed=1), 4, tmp_path / "run.pt")
+    assert same(whole, resumed)
+
+
+class Warmup:
+    "A penalty whose strength grows with the steps, and which keeps it in its state."
+    def __init__(self, model): self.model, self.strength = model, 0.0
+    def __call__(self): return self.strength * sum(p.pow(2).sum() for p in self.model.parameters())
+    def step(self, now): self.strength = now / 10
+    def state_dict(self): return {"strength": self.strength}
+    def load_state_dict(self, state): self.strength = state["strength"]
+
+
+def test_the_state_of_a_penalty_is_kept(tmp_path):
+    def run(model, epochs, path=None):
+        penalty = Warmup(model)
+        return fit(model, toy(), F.cross_entropy, epochs=epochs, batch_size=16, penalty=penalty, after_step=penalty.step, checkpoint=path)
+    whole = net()
+    history = run(whole, 4)
+    assert history["penalty"].iloc[-1] > 0
+    run(net(), 2, tmp_path / "run.pt")
+    run(resumed := net(seed=1), 4, tmp_path / "run.pt")
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(model=nn.Linear(2, 2)), "model was"),
+    (dict(seed=1), "seed was 0, and is 1"),
+    (dict(batch_size=7), "batch_size was None, and is 7"),
+    (dict(data=toy(50)), "data was torch.float32 (60, 2), and is torch.float32 (50, 2)"),
+    (dict(loss=partial(F.cross_entropy)), "loss was cross_entropy, and is partial"),
+    (dict(lr=0.1), "optimizer was"),
+    (dict(epochs=1), "epochs: got 1, expected at least the 2"),
+])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
+    def run(model=None, data=None, loss=F.cross_entropy, lr=0.01, **options):
+        model = model or net(dropout=0)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        try: fit(model, data or toy(), loss, optimizer=torch.optim.Adam(model.parameters(), lr=lr), checkpoint=tmp_path / "a.pt", **{"epochs": 2, **options})
+        except ValueError:
+            assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+            raise
+    run()
+    with pytest.raises(ValueError) as e: run(**change)
+    assert message in str(e.value) and "a.pt" in str(e.value)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "run.pt"
+    path.write_text("nothing of the kind")
+    with pytest.raises(ValueError, match="checkpoint: cannot read .*run.pt"): fit(net(), toy(), F.cross_entropy, checkpoint=path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="is of another run"): fit(net(), toy(), F.cross_entropy, checkpoint=path)
+
+
+# ---- what a run leaves as it was
+
+
+def test_a_run_depends_on_its_arguments_only_and_leaves_random_numbers_alone():
+    one, two = net(), net()
+    fit(one, toy(), F.cross_entropy, batch_size=16, seed=3)
+    torch.rand(7), np.random.rand(7), random.random()
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    fit(two, toy(), F.cross_entropy, batch_size=16, seed=3)
+    assert same(one, two)
+    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
+    fit(other := net(), toy(), F.cross_entropy, batch_size=16, seed=4)
+    assert not same(one, other)
+
+
+def test_modes_come_back():
+    model = net()
+    model[1].eval()
+    fit(model, toy(), F.cross_entropy, epochs=1, valid=toy(10))
+    assert [m.training for m in model] == [True, False, True, True, True]
+
+
+def test_validation_does_not_change_a_run():
+    one, two = net(), net()
+    fit(one, toy(), F.cross_entropy, batch_size=16)
+    fit(two, toy(), F.cross_entropy, batch_size=16, valid=toy(30))
+    assert same(one, two)
+
+
+# ---- numbers that are not finite
+
+
+class NanAt(nn.Module):
+    "The identity until its n-th call, which gives NaN."
+    def __init__(self, n): super().__init__(); self.n, self.calls = n, 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x * math.nan if self.calls == self.n else x
+
+
+@pytest.mark.parametrize("batch_size, step, epoch", [(None, 3, 3), (20, 5, 2)])
+def test_a_nan_loss_stops_before_the_step(batch_size, step, epoch):
+    def make(n): return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), NanAt(n), nn.Linear(4, 2))
+    set_seed(0)
+    model = make(step)
+    reference = make(-1)
+    reference.load_state_dict(model.state_dict())
+    seen = []
+    fit(reference, toy(), F.cross_entropy, batch_size=batch_size,
+        after_step=lambda now: now == step - 1 and seen.extend(p.detach().clone() for p in reference.parameters()))
+    with pytest.raises(FloatingPointError, match=rf"the loss is nan at step {step} \(epoch {epoch}\).*'0.weight'"):
+        fit(model, toy(), F.cross_entropy, batch_size=batch_size)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), seen, strict=True))
+    assert model.training
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step():
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    def root(): return (model[4].bias - model[4].bias.detach()).pow(2).sum().sqrt()
+    with pytest.raises(FloatingPointError, match=r"a gradient is not finite at step 1 \(epoch 1\).*'4.bias'"):
+        fit(model, toy(), F.cross_entropy, penalty=root)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_an_infinite_loss_with_finite_gradients_and_a_weight_that_was_nan():
+    with pytest.raises(FloatingPointError, match="the loss is inf.*no gradient here is other than finite"):
+        fit(net(), toy(), lambda output, y: F.cross_entropy(output, y) + math.inf)
+    model = net()
+    model[4].bias.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="the weight '4.bias' was not finite before"): fit(model, toy(), F.cross_entropy)
+
+
+def test_large_finite_gradients_are_no_error():
+    model = nn.Linear(2, 2)
+    fit(model, toy(), lambda output, y: 1e25 * output.mean(), epochs=1, optimizer=torch.optim.SGD(model.parameters(), lr=1e-30))
+
+
+def test_sparse_gradients_train_and_stop():
+    model = nn.Sequential(nn.Embedding(5, 2, sparse=True))
+    data = torch.tensor([0, 0, 3]), torch.tensor([0, 1, 1])
+    fit(model, data, F.cross_entropy, optimizer=torch.optim.SparseAdam(model.parameters()), epochs=2)
+    model[0].weight.data[3] = math.inf
+    with pytest.raises(FloatingPointError, match="'0.weight'"):
+        fit(model, data, F.cross_entropy, optimizer=torch.optim.SparseAdam(model.parameters()))
+
+
+# ---- options
+
+
+def test_early_stop_restores_the_best_weights():
+    model, kept = net(dropout=0), []
+    data, valid = toy(20), toy(200)
+    history = fit(model, data, F.cross_entropy, valid=valid, patience=3, epochs=300,
+                  optimizer=torch.optim.SGD(model.parameters(), lr=2.0))
+    assert len(history) == history.best_epoch + 3 < 300
+    assert evaluate(model, valid, {"loss": F.cross_entropy})["loss"] == history["valid_loss"].min()
+    fit(again := net(dropout=0), data, F.cross_entropy, epochs=history.best_epoch, optimizer=torch.optim.SGD(again.parameters(), lr=2.0))
+    assert same(model, again)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_on_the_cpu(amp):
+    dtypes = set()
+    model = net(dropout=0)
+    model[4].register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    history = fit(model, toy(), F.cross_entropy, amp=amp, epochs=30, optimizer=torch.optim.Adam(model.parameters(), lr=0.05))
+    assert dtypes == {amp} and history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_overflow_in_float16_is_left_to_the_scaler():
+    model = nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    history = fit(model, (torch.full((4, 2), 1.0), torch.zeros(4)), lambda output, y: 1e3 * output.sum(), amp=torch.float16, epochs=1)
+    assert len(history) == 1 and torch.equal(model.weight, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
+def test_trains_resumes_and_stops_on_a_gpu(tmp_path, amp):
+    def run(model, epochs, path=None): return fit(model, toy(), F.cross_entropy, device="cuda", amp=amp, batch_size=16, epochs=epochs, checkpoint=path)
+    whole = net()
+    history = run(whole, 4)
+    assert next(whole.parameters()).is_cuda and history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
+    run(net(), 2, tmp_path / "run.pt")
+    run(resumed := net(seed=1), 4, tmp_path / "run.pt")
+    assert same(whole, resumed)
+    before = [p.detach().clone() for p in whole.parameters()]
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"): fit(whole, (toy()[0] * math.nan, toy()[1]), F.cross_entropy, amp=amp)
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), before, strict=True))
+
+
+def test_clip_bounds_the_step():
+    model = nn.Linear(2, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    fit(model, toy(), lambda output, y: 100 * F.cross_entropy(output, y), clip=0.5, epochs=1, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+    moved = torch.cat([(p - q).flatten() for p, q in zip(model.parameters(), before)]).norm()
+    assert moved.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_the_scheduler_moves_the_rate_after_each_epoch():
+    model, rates = nn.Linear(2, 2), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    fit(model, toy(), F.cross_entropy, optimizer=optimizer, scheduler=torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), epochs=3,
+        batch_size=30, after_step=lambda step: rates.append(optimizer.param_groups[0]["lr"]))
+    assert rates == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_an_optimizer_with_a_closure_trains():
+    model = nn.Linear(2, 2)
+    x, y = toy()
+    history = fit(model, (x, (x[:, 0] > 0).long()), F.cross_entropy, optimizer=torch.optim.LBFGS(model.parameters()), epochs=5)
+    assert history["train_loss"].iloc[-1] < 0.1 * history["train_loss"].iloc[0]
+
+
+def test_the_optimizer_may_hold_some_of_the_parameters():
+    model = net()
+    before = model[0].weight.detach().clone()
+    fit(model, toy(), F.cross_entropy, optimizer=torch.optim.SGD(model[4].parameters(), lr=0.1), epochs=2)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_penalty_and_after_step():
+    model, steps = nn.Linear(2, 2), []
+    history = fit(model, toy(), F.cross_entropy, penalty=lambda: model.weight.pow(2).sum(), after_step=steps.append, epochs=3, batch_size=25)
+    assert steps == list(range(1, 10)) and list(history) == ["train_loss", "penalty"]
+    by_hand = nn.Linear(2, 2)
+    by_hand.load_state_dict(model.state_dict())
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=1e-3)
+    (F.cross_entropy(by_hand(toy()[0]), toy()[1]) + by_hand.weight.pow(2).sum()).backward()
+    optimizer.step()
+    fit(model, toy(), F.cross_entropy, penalty=lambda: model.weight.pow(2).sum(), epochs=1)
+    assert same(model, by_hand)
+
+
+# ---- data
+
+
+def test_a_loader_gives_the_steps_of_its_batches():
+    one, two = net(), net()
+    x, y = toy()
+    fit(one, DataLoader(TensorDataset(x, y), batch_size=60), F.cross_entropy, epochs=3)
+    fit(two, (x, y), F.cross_entropy, epochs=3)
+    assert same(one, two)
+
+
+def test_a_loader_without_length():
+    class Stream(IterableDataset):
+        def __iter__(self): return zip(*toy())
+    history = fit(net(), DataLoader(Stream(), batch_size=16), F.cross_entropy, epochs=2, valid=DataLoader(Stream(), batch_size=7))
+    assert list(history) == ["train_loss", "valid_loss"] and history.notna().all(axis=None)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_examples():
+    model, x = nn.Linear(1, 1), torch.arange(5.0)[:, None]
+    def value(output, y): return y.mean() + 0 * output.sum()
+    history = fit(model, (x, x), value, valid=(x, x), batch_size=2, epochs=1)
+    assert history.iloc[0].tolist() == [2, 2]
+
+
+class Nested(nn.Module):
+    def __init__(self): super().__init__(); self.left, self.right = nn.Linear(2, 2), nn.Linear(2, 2)
+    def forward(self, x): return self.left(x["a"]), self.right(x["b"][0])
+
+
+def test_nested_batches():
+    x, y = toy()
+    def loss(output, y): return F.cross_entropy(output[0], y[0]) + F.cross_entropy(output[1], y[1])
+    history = fit(Nested(), ({"a": x, "b": [x]}, (y, 1 - y)), loss, batch_size=16, epochs=20)
+    assert history["train_loss"].is_monotonic_decreasing
+
+
+def test_a_dataset_brings_its_validation_split():
+    from sharetie.data import digits
+    data = digits()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    assert list(fit(model, data, F.cross_entropy, epochs=1)) == ["train_loss", "valid_loss"]
+    assert list(fit(model, data.train, F.cross_entropy, epochs=1)) == ["train_loss"]
+
+
+def test_float64_stays_float64():
+    model, (x, y) = nn.Linear(2, 2).double(), toy()
+    history = fit(model, (x.double(), y), F.cross_entropy, epochs=1, valid=(x.double(), y))
+    value = F.cross_entropy(model(x.double()), y).item()
+    assert history["valid_loss"].iloc[0] == value and np.float32(value) != value
+
+
+# ---- bad input
+
+X, Y = toy()
+BAD = {
+    "model, no module": (dict(model=print), TypeError, "model: got builtin_function_or_method, expected an nn.Module"),
+    "model without parameters": (dict(model=nn.ReLU()), ValueError, "model: has no parameter"),
+    "frozen model": (dict(model=nn.Linear(2, 2).requires_grad_(False)), ValueError, "model: has no parameter"),
+    "meta model": (dict(model=nn.Linear(2, 2, device="meta")), ValueError, "'weight' is on the meta device"),
+    "data, one tensor": (dict(data=X), TypeError, "data: got Tensor, expected (x, y)"),
+    "data, array": (dict(data=(X.numpy(), Y)), TypeError, "data: holds ndarray, expected tensors"),
+    "data, lengths": (dict(data=(X, Y[:7])), ValueError, "data: x has [60] examples and y has [7]"),
+    "data, empty": (dict(data=(X[:0], Y[:0])), ValueError, "data: got 0 examples"),
+    "data, no leaves": (dict(data=((), ())), ValueError, "data: x has [] examples"),
+    "data, scalar": (dict(data=(X, torch.tensor(1))), ValueError, "data: holds a tensor without axes"),
+    "loader of x only": (dict(data=DataLoader(TensorDataset(X))), ValueError, "the loader gave list of 1, expected pairs"),
+    "empty loader": (dict(data=DataLoader(TensorDataset(X, Y), batch_size=100, drop_last=True)), ValueError, "data: the loader gave no batch"),
+    "valid, lengths": (dict(valid=(X, Y[:7])), ValueError, "valid: x has [60] examples and y has [7]"),
+    "loss, no function": (dict(loss="mse"), TypeError, "loss: got 'mse', expected a function"),
+    "loss per example": (dict(loss=lambda output, y: output), ValueError, "loss: returned shape (60, 2), expected a scalar"),
+    "loss, text": (dict(loss=lambda output, y: "low"), TypeError, "loss: returned str, expected a scalar tensor"),
+    "loss without gradient": (dict(loss=lambda output, y: output.detach().sum()), ValueError, "loss: returned a value without gradient"),
+    "penalty, shape": (dict(penalty=lambda: torch.zeros(3)), ValueError, "penalty: returned shape (3,)"),
+    "penalty, no function": (dict(penalty=0.1), TypeError, "penalty: got 0.1, expected a function"),
+    "after_step, no function": (dict(after_step=1), TypeError, "after_step: got 1, expected a function"),
+    "optimizer, no optimizer": (dict(optimizer="adam"), TypeError, "optimizer: got str, expected a torch optimizer"),
+    "optimizer of another model": (dict(optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())), ValueError, "none of the model's 6 parameters"),
+    "scheduler alone": (dict(scheduler=torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD([X]), 0.5)), ValueError, "scheduler: got one without `optimizer`"),
+    "epochs 0": (dict(epochs=0), ValueError, "epochs: got 0, expected 1 or more"),
+    "epochs 1.5": (dict(epochs=1.5), TypeError, "epochs: got 1.5, expected a whole number"),
+    "epochs True": (dict(epochs=True), TypeError, "epochs: got True"),
+    "batch_size 0": (dict(batch_size=0), ValueError, "batch_size: got 0, expected 1 or more"),
+    "batch_size and loader": (dict(data=DataLoader(TensorDataset(X, Y)), batch_size=3), ValueError, "batch_size: got 3 with a DataLoader"),
+    "device unknown": (dict(device="gpu"), ValueError, "device: got 'gpu'"),
+    "device absent": (dict(device="cuda:99"), ValueError, "device: got 'cuda:99'"),
+    "device meta": (dict(device="meta"), ValueError, "device: got 'meta'"),
+    "amp": (dict(amp=True), ValueError, "amp: got True, expected None, torch.float16 or torch.bfloat16"),
+    "clip 0": (dict(clip=0), ValueError, "clip: got 0, expected a positive number"),
+    "clip nan": (dict(clip=math.nan), ValueError, "clip: got nan"),
+    "patience 0": (dict(patience=0, valid=(X, Y)), ValueError, "patience: got 0"),
+    "patience without valid": (dict(patience=3), ValueError, "patience: got 3 without `valid`"),
+    "metrics without valid": (dict(metrics={"error": error_rate}), ValueError, "without `valid`"),
+    "metrics, name taken": (dict(metrics={"loss": error_rate}, valid=(X, Y)), ValueError, "metrics: the name 'loss' is taken"),
+    "metrics, no functions": (dict(metrics=["error"], valid=(X, Y)), TypeError, "metrics: got ['error']"),
+    "seed": (dict(seed=-1), ValueError, "seed: got -1"),
+    "checkpoint, no path": (dict(checkpoint=3), TypeError, "checkpoint: got 3, expected a path"),
+    "checkpoint, no folder": (dict(checkpoint="/nowhere/run.pt"), ValueError, "expected a folder that exists"),
+    "checkpoint, a folder": (dict(checkpoint="/"), ValueError, "expected a file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_of_fit(case):
+    options, error, message = BAD[case]
+    options = {"model": nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2), nn.Linear(2, 2)), "data": (X, Y), "loss": F.cross_entropy} | options
+    model, rng = options.pop("model"), torch.get_rng_state()
+    before = [p.detach().clone() for p in model.parameters()] if isinstance(model, nn.Module) else []
+    with pytest.raises(error) as e: fit(model, options.pop("data"), options.pop("loss"), **options)
+    assert message in str(e.value)
+    if before and not before[0].is_meta: assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_scheduler_of_another_optimizer():
+    model = net()
+    ours, other = (torch.optim.SGD(model.parameters()) for _ in range(2))
+    with pytest.raises(ValueError, match="scheduler: belongs to another optimizer"):
+        fit(model, toy(), F.cross_entropy, optimizer=ours, scheduler=torch.optim.lr_scheduler.ExponentialLR(other, 0.5))
+
+
+@pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**32, ValueError), (1.0, TypeError), ("1", TypeError), (True, TypeError)])
+def test_bad_seeds(seed, error):
+    with pytest.raises(error, match="seed: got"): set_seed(seed)
+
+
+def test_bad_metrics():
+    with pytest.raises(ValueError, match=r"each: returned shape \(60,\), expected a scalar"):
+        evaluate(net(), toy(), {"each": lambda output, y: output[:, 0]})
+    with pytest.raises(TypeError, match="metrics: got"): evaluate(net(), toy(), error_rate)
+
+
+# ---- several processes
+
+
+def join(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+
+
+def with_ddp(rank, folder):
+    "Half of each batch per process; then a resumed run, and a loss that is NaN in one process only."
+    join(rank, folder)
+    half = tuple(t[rank::2] for t in toy())
+    def wrapped(): return nn.parallel.DistributedDataParallel(plain())
+    model, resumed, path = wrapped(), wrapped(), Path(folder, "ddp.pt")
+    history = fit(model, half, F.cross_entropy, epochs=5, valid=toy(30), patience=3)
+    fit(wrapped(), half, F.cross_entropy, epochs=2, valid=toy(30), patience=3, checkpoint=path)
+    fit(resumed, half, F.cross_entropy, epochs=5, valid=toy(30), patience=3, checkpoint=path)
+    try: fit(model, (half[0] / (1 - rank), half[1]), F.cross_entropy)
+    except FloatingPointError as e: error = str(e)
+    state = {k: v.numpy() for k, v in model.module.state_dict().items()}
+    dist.destroy_process_group()
+    return state, pd.DataFrame(history), same(model, resumed), error, sorted(os.listdir(folder))
+
+
+def with_fsdp(rank, folder):
+    "The same model in shards, on the same data in both processes."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    join(rank, folder)
+    mesh = init_device_mesh("cpu", (2,))
+    def wrapped():
+        model = plain()
+        for layer in model: fully_shard(layer, mesh=mesh) if any(True for _ in layer.parameters()) else None
+        return fully_shard(model, mesh=mesh)
+    model, resumed, path = wrapped(), wrapped(), Path(folder, "fsdp.pt")
+    history = fit(model, toy(), F.cross_entropy, epochs=5, valid=toy(30), patience=3, clip=10.0)
+    fit(wrapped(), toy(), F.cross_entropy, epochs=2, valid=toy(30), patience=3, clip=10.0, checkpoint=path)
+    fit(resumed, toy(), F.cross_entropy, epochs=5, valid=toy(30), patience=3, clip=10.0, checkpoint=path)
+    state, again = ({k: v.full_tensor().numpy() for k, v in m.state_dict().items()} for m in (model, resumed))
+    dist.destroy_process_group()
+    return state, pd.DataFrame(history), all((state[k] == again[k]).all() for k in state), None, sorted(os.listdir(folder))
+
+
+def plain():
+    set_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def in_two_processes(f, folder):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        return [future.result(timeout=120) for future in [pool.submit(f, rank, str(folder)) for rank in range(2)]]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is without torch.distributed")
+@pytest.mark.parametrize("f, name", [(with_ddp, "ddp"), (with_fsdp, "fsdp")])
+def test_two_processes_train_like_one(tmp_path, f, name):
+    model = plain()
+    history = fit(model, toy(), F.cross_entropy, epochs=5, valid=toy(30), patience=3, clip=10.0)
+    (state, table, resumed, error, files), other = in_two_processes(f, tmp_path)
+    for key, value in model.state_dict().items(): np.testing.assert_allclose(state[key], value.numpy(), rtol=1e-4, atol=1e-6)
+    pd.testing.assert_frame_equal(table, pd.DataFrame(history), rtol=1e-4)
+    pd.testing.assert_frame_equal(table, other[1], check_exact=True)
+    assert resumed and other[2]
+    assert {f"{name}.rank0.pt", f"{name}.rank1.pt"} <= set(files) and not any(file.endswith(".tmp") for file in files)
+    if f is with_ddp: assert "at step 1 (epoch 1): the first parameter whose gradient is not finite is 'module.0.weight'" in error and other[3]
+
+
+# ---- compare
+
+
+def short_run(seed, rate=0.0):
+    "A small run that uses every random number there is."
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Dropout(rate), nn.Linear(8, 2))
+    x, y = toy()
+    history = fit(model, (x + 0.1 * random.random() * float(np.random.rand()), y), F.cross_entropy, epochs=5, batch_size=16, seed=seed)
+    return {"loss": history["train_loss"].iloc[-1], "threads": torch.get_num_threads()}
+
+
+def fails(seed):
+    if seed == 2: raise ArithmeticError("too large")
+    return seed
+
+
+def test_a_process_pool_gives_the_table_of_a_serial_run():
+    variants = {"plain": short_run, "dropout": partial(short_run, rate=0.5)}
+    torch.rand(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate(), torch.get_num_threads()
+    serial = compare(variants, range(3))
+    assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
+    assert before[2:] == (random.getstate(), torch.get_num_threads())
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        parallel = compare(variants, range(3), pool)
+        with pytest.raises(RuntimeError, match="variant 'odd', seed 2: ArithmeticError: too large"): compare({"odd": fails}, range(5), pool)
+        with pytest.raises(RuntimeError, match="variant 'local', seed 0: .*[Pp]ickl"): compare({"local": lambda seed: 0.0}, range(2), pool)
+    pd.testing.assert_frame_equal(serial, parallel, check_exact=True)
+    pd.testing.assert_frame_equal(serial.runs, parallel.runs, check_exact=True)
+    assert (serial.runs["threads"] == 1).all() and serial.runs["loss"].nunique() == 6
+
+
+def test_mean_deviation_and_number():
+    table = compare({"a": float, "b": lambda seed: {"value": torch.tensor(2.0 * seed)}}, [1, 3, 5])
+    assert table.loc["a"].tolist() == [3, 2, 3] and table.loc["b"].tolist() == [6, 4, 3]
+    assert table.runs["seed"].tolist() == [1, 3, 5, 1, 3, 5] and table.index.tolist() == ["a", "b"]
+    assert table.rounded(1).loc["b", "value"] == "6.0 ± 4.0"
+
+
+def test_a_nan_is_not_left_out():
+    table = compare({"a": lambda seed: math.nan if seed else 1.0}, range(3))
+    assert table.loc["a"].isna().tolist() == [True, True, False] and table.loc["a", ("value", "n")] == 3
+
+
+def test_numbers_as_names_keep_their_order_and_draw():
+    table = compare({0.1: float, 10.0: float, 1.0: float}, range(3))
+    assert table.index.tolist() == [0.1, 10, 1]
+    assert table.draw().get_ylabel() == "value"
+    with pytest.raises(ValueError, match="metric: got 'loss', expected one of"): table.draw("loss")
+
+
+def test_a_comparison_survives_pickling_and_shows_as_a_table():
+    table = compare({"a": float}, range(2))
+    again = pickle.loads(pickle.dumps(table))
+    pd.testing.assert_frame_equal(again, table)
+    pd.testing.assert_frame_equal(again.runs, table.runs)
+    assert isinstance(again, Comparison) and "<table" in table._repr_html_() and "mean" in table._repr_html_()
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (([float], [0]), TypeError, "variants: got list"),
+    (({}, [0]), ValueError, "variants: got none"),
+    (({"a": 1}, [0]), TypeError, "'a' is 1, expected a function"),
+    (({"a": float}, 3), TypeError, "seeds: got 3, expected several, such as range(10)"),
+    (({"a": float}, []), ValueError, "seeds: got []"),
+    (({"a": float}, [1, 1]), ValueError, "seeds: got [1, 1]"),
+    (({"a": float}, [0.5]), TypeError, "seeds: got 0.5"),
+    (({"a": float}, [0], "pool"), TypeError, "executor: got 'pool'"),
+    (({"a": float}, [0], ThreadPoolExecutor(1)), ValueError, "threads share one random state"),
+    (({"a": float}, [0], None, 0), ValueError, "threads: got 0"),
+    (({"a": lambda seed: "high"}, [4]), RuntimeError, "variant 'a', seed 4: TypeError: returned 'high'"),
+    (({"a": lambda seed: {}}, [4]), RuntimeError, "variant 'a', seed 4: TypeError: returned {}"),
+    (({"a": lambda seed: {"seed": 1}}, [4]), RuntimeError, "the names variant and seed are taken"),
+    (({"a": lambda seed: {"x": 1}, "b": lambda seed: {"y": 1}}, [4]), ValueError, "variant 'b', seed 4: returned the metrics ['y'], and the first run ['x']"),
+])
+def test_bad_arguments_of_compare(arguments, error, message):
+    with pytest.raises(error) as e: compare(*arguments)
+    assert message in str(e.value)
+
+
+# ---- record
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHARETIE_RESULTS", str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+def test_a_record_round_trip(results):
+    entry = record("a_claim", measured=np.float32(0.5), published=0.25, source="Someone 1999", seeds=range(3), note="half")
+    assert json.loads((results / "a_claim.json").read_text()) == entry
+    assert entry["versions"]["torch"] == torch.__version__ and entry["hardware"]["cores"] == os.cpu_count() and entry["hardware"]["cpu"]
+    row = records("a_*").iloc[0]
+    assert row[["claim", "published", "measured", "seeds", "source", "note"]].tolist() == ["a_claim", 0.25, 0.5, 3, "Someone 1999", "half"]
+
+
+def test_a_record_of_a_comparison_has_a_row_per_number(results):
+    table = compare({"free": float, 0.5: lambda seed: 2.0 * seed}, [1, 3])
+    record("dial", measured=table, published={"free": {"value": 2.5}})
+    rows = records().set_index("quantity")
+    assert rows["measured"].to_dict() == {"free, value": 2, "0.5, value": 4}
+    assert rows["published"].to_dict() == {"free, value": 2.5, "0.5, value": "–"}
+    assert rows.loc["free, value", "std"] == math.sqrt(2) and rows["seeds"].tolist() == [2, 2]
+
+
+def test_a_second_record_is_the_same_file_and_a_failed_one_changes_nothing(results, monkeypatch):
+    record("claim", measured={"x": 1 / 3}, seeds=[1])
+    before = (results / "claim.json").read_bytes()
+    record("claim", measured={"x": 1 / 3}, seeds=[1])
+    assert (results / "claim.json").read_bytes() == before
+    def full(self, target): raise OSError("disk full")
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError): record("claim", measured=2)
+    assert (results / "claim.json").read_bytes() == before and os.listdir(results) == ["claim.json"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../a", "", ".hidden", "a b", 3, None, "a\\b", "a\n"])
+def test_bad_names_of_records(results, name):
+    with pytest.raises(ValueError, match="name: got"): record(name, measured=1)
+    assert not results.exists()
+
+
+@pytest.mark.parametrize("values, error, message", [
+    (dict(measured=math.nan), ValueError, "measured: got nan, expected a finite number"),
+    (dict(measured={"a": [1, math.inf]}), ValueError, "measured['a'][1]: got inf"),
+    (dict(measured=torch.tensor([math.nan])), ValueError, "measured[0]: got nan"),
+    (dict(measured={1: 2}), TypeError, "measured: got the key 1, expected text"),
+    (dict(measured=object()), TypeError, "measured: got object"),
+    (dict(measured=1, published={"a": {2}}), TypeError, "published['a']: got set"),
+    (dict(measured=1, seeds=3), TypeError, "seeds: got 3"),
+])
+def test_bad_values_of_records(results, values, error, message):
+    with pytest.raises(error) as e: record("claim", **values)
+    assert message in str(e.value) and not results.exists()
+
+
+def test_a_pattern_without_records(results):
+    with pytest.raises(ValueError, match=r"pattern: 'tying_\*' matches no record"): records("tying_*")
+
+
+def test_the_folder_of_results(tmp_path, monkeypatch):
+    monkeypatch.delenv("SHARETIE_RESULTS", raising=False)
+    (tmp_path / "project" / "nbs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "project" / "nbs")
+    assert train._results() == tmp_path / "project" / "nbs" / "results"
+    (tmp_path / "project" / "settings.ini").touch()
+    assert train._results() == tmp_path / "project" / "results"
+
+
+# ---- figures and history
+
+
+def test_history_is_a_table_that_draws_itself():
+    history = fit(net(), toy(), F.cross_entropy, valid=toy(30), metrics={"error": error_rate}, epochs=4)
+    assert isinstance(history, History) and history.index.tolist() == [1, 2, 3, 4] and history.index.name == "epoch"
+    ax = history.draw()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train loss", "valid loss"] and ax.get_xlabel() == "epoch"
+    assert history.draw(columns="valid_error").get_ylabel() == "valid error"
+    assert isinstance(pickle.loads(pickle.dumps(history)), History)
+
+
+def test_the_style_changes_no_global_setting():
+    import matplotlib as mpl
+    before = dict(mpl.rcParams)
+    fig, axes = subplots(1, 2)
+    assert len(axes) == 2 and dict(mpl.rcParams) == before
+    assert axes[0]._get_lines.get_next_color() == train.COLORS[0]
+
+
+def test_no_bar_without_a_person(capfd):
+    fit(net(), toy(), F.cross_entropy, epochs=2)
+    compare({"a": float}, range(2))
+    assert capfd.readouterr() == ("", "")
