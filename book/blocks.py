@@ -20,13 +20,13 @@ from outline import BookError
 MARKER = re.compile(r"<!--cell (\d+)-->")
 OPTION = re.compile(r"^#\|\s*([\w-]+)\s*:\s*(.+?)\s*$")
 IMAGES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
+PANDOC = pypandoc.get_pandoc_path()
 GONE = {"hide", "export", "exporti", "default_exp"}  # Directives of cells that no reader sees
 
 
 def pandoc(text, *args):
     "What pandoc makes of `text`; a warning counts as an error."
-    command = [pypandoc.get_pandoc_path(), *args]
-    done = subprocess.run(command, input=text, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([PANDOC, *args], input=text, capture_output=True, text=True, encoding="utf-8")
     if done.returncode or done.stderr.strip(): raise BookError(done.stderr.strip() or "pandoc failed")
     return done.stdout
 

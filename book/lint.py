@@ -1,26 +1,23 @@
-"""The Markdown subset of the chapters: what Quarto and pandoc read alike.
+"""Checks of the chapters: the Markdown subset that Quarto and pandoc read alike, and all references.
 
 `lint_cells` reads a notebook's cells as they are, `lint_tree` reads pandoc's tree of its text. Both return
 problems, one line each, with the notebook and the cell.
 """
 import ast
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 from nbdev.config import get_config
 
-from blocks import directives, options
-from refs import NAMES, OTHER_KINDS, callout_titles, equations, located
+from blocks import directives, options, parse
+from outline import BookError
+from refs import NAMES, OTHER_KINDS, Page, callout_titles, check, equations, gather, located, number
 
 CALLOUTS = ["note", "tip", "warning", "important", "caution"]
 KNOWN = {"default_exp", "export", "exporti", "hide", "eval", "echo", "output", "include",
          "label", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary"}
 FENCE = re.compile(r"^(`{3,}|~{3,}).*?^\1\s*$", re.M | re.S)
 CAPTIONS = {"fig": "fig-cap", "tbl": "tbl-cap"}
-
-
-def where(chapter, i):
-    words = " ".join(chapter.nb.cells[i].source.split())[:40]
-    return f"{chapter.path.parent.name}/{chapter.path.name}, cell {i + 1} ({words!r})"
 
 
 def lint_cells(chapter):
@@ -31,8 +28,8 @@ def lint_cells(chapter):
         elif cell.cell_type == "code": wrong = [*code_problems(cell), *output_problems(cell)]
         else: wrong = ["a raw cell; write Markdown"]
         if "{{<" in cell.source: wrong.append("a shortcode {{< … >}}, which only Quarto reads")
-        found += [f"{where(chapter, i)}: {w}" for w in wrong]
-    found += [f"{where(chapter, i)}: ':::' opens a block that nothing closes" for i in depth]
+        found += [f"{chapter.where(i, cell.source)}: {w}" for w in wrong]
+    found += [f"{chapter.where(i, chapter.nb.cells[i].source)}: ':::' opens a block that nothing closes" for i in depth]
     if not chapter.head.startswith("# "): found.append(f"{chapter.path.name}: the first cell must be '# Title' and '> promise'")
     if not chapter.description: found.append(f"{chapter.path.name}: the title needs a line '> promise' under it")
     return found
@@ -143,3 +140,40 @@ def image_problems(page, content):
     if re.match(r"[a-z]+:|//", target): yield f"the image {target} is on another host"
     elif not (page.chapter.path.parent / target).is_file(): yield f"there is no image {target}"
     if not content[1]: yield f"the image {target} has no caption"
+
+
+# The whole book
+
+def keys(bibliography):
+    "The keys of the bibliography; one that is there twice is an error."
+    found = re.findall(r"^@\w+\{\s*([^,\s]+)", bibliography.read_text(encoding="utf-8"), re.M)
+    twice = sorted({k for k in found if found.count(k) > 1})
+    if twice: raise BookError(f"{bibliography.name}: {', '.join(twice)} is there twice")
+    return set(found)
+
+
+def read(chapters, nbs):
+    "The chapters as numbered pages."
+    with ThreadPoolExecutor() as pool: trees = list(pool.map(parse, nbs))
+    return [number(Page(c, nb, blocks)) for c, nb, blocks in zip(chapters, nbs, trees)]
+
+
+def checked(book):
+    "Check the chapters as they are written; raise BookError with all that is wrong, return their pages."
+    problems = [p for c in book.chapters for p in lint_cells(c)]
+    try:
+        pages = read(book.chapters, [c.nb for c in book.chapters])
+        for page in pages: page.problems += lint_tree(page)
+        raise_problems(pages, keys(book.bibliography))
+    except BookError as error: raise BookError(problems + error.problems) from None
+    if problems: raise BookError(problems)
+    return pages
+
+
+def raise_problems(pages, keys):
+    "Raise BookError with what is wrong in the pages; return their labels."
+    labels = gather(pages)
+    check(pages, keys, labels)
+    problems = [p for page in pages for p in page.problems]
+    if problems: raise BookError(problems)
+    return labels

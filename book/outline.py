@@ -60,6 +60,11 @@ class Chapter:
     @property
     def numbered(self): return self.name != "index" and ".unnumbered" not in self.attr
 
+    def where(self, i, source):
+        "The place of cell `i` with its `source`, as an author finds it."
+        words = " ".join(source.split())[:40]
+        return f"{self.path.parent.name}/{self.path.name}, cell {i + 1} ({words!r})"
+
     @cached_property
     def description(self):
         found = re.search(r"^>\s+(.*?)\s*$", self.head, re.M)

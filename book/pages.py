@@ -4,9 +4,10 @@ import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
-from blocks import elements, pandoc, text
+from blocks import elements, pandoc, raw, text, walk
 
 HERE = Path(__file__).parent
 ASSETS = ["book.css", "page.js", "search.js"]
@@ -38,12 +39,17 @@ def fill(frame, fields):
 def body(page, bibliography):
     "The table of contents and the text of a page, in HTML."
     meta = {"link-citations": {"t": "MetaBool", "c": True}, "lang": {"t": "MetaString", "c": "en"}}
-    tree = json.dumps(VERSION | {"meta": meta, "blocks": page.blocks})
+    tree = json.dumps(VERSION | {"meta": meta, "blocks": walk(page.blocks, open_entry)})
     template = HERE / "body.html"
     out = pandoc(tree, "-f", "json", "-t", "html5", "--mathml", "--citeproc", f"--bibliography={bibliography}", "--toc",
                  "--toc-depth=3", f"--template={template}", "--email-obfuscation=none", "--wrap=none")
     toc, _, main = out.partition(SPLIT)
-    return toc.strip(), main.strip()
+    return re.sub(r' id="toc-[^"]*"', "", toc.strip()), main.strip()  # the page shows it twice
+
+
+def open_entry(e):
+    "An API entry's block in HTML, for pandoc would take the id of its heading for the block."
+    if e["t"] == "Div" and "api" in e["c"][0][1]: return [raw('<div class="api">'), *e["c"][1], raw("</div>")]
 
 
 def page_fields(book, page, pages):
@@ -69,6 +75,7 @@ def page_fields(book, page, pages):
     }
 
 
+@cache
 def inline(markdown):
     "One line of Markdown in HTML: emphasis, code and formulas."
     if not markdown: return ""

@@ -50,9 +50,7 @@ class Page:
 
     def where(self, cell):
         "The place of a problem, as an author finds it."
-        source = self.nb.cells[cell].source if 0 <= cell < len(self.nb.cells) else ""
-        words = " ".join(source.split())[:40]
-        return f"{self.chapter.path.parent.name}/{self.chapter.path.name}, cell {cell + 1} ({words!r})"
+        return self.chapter.where(cell, self.nb.cells[cell].source)
 
 
 def located(blocks):
@@ -266,7 +264,10 @@ def numbered(inlines, labels):
             out.append(node("Span", attr(id, ["equation"]), [node("Span", attr("", ["formula"], tabindex=0), [x]), mark]))
         elif x["t"] == "Math" and x["c"][0]["t"] == "DisplayMath":
             out.append(node("Span", attr("", ["equation"]), [node("Span", attr("", ["formula"], tabindex=0), [x])]))
-        elif x["t"] == "Math" and len(x["c"][1]) > LONG_FORMULA: out.append(node("Span", attr("", ["long-formula"], tabindex=0), [x]))
+        elif x["t"] == "Math" and len(x["c"][1]) > LONG_FORMULA:
+            stop = [y for y in inlines[i + 1:i + 2] if y["t"] == "Str" and y["c"] in ".,;:"]  # stays on the formula's line
+            skip = i + len(stop)
+            out.append(node("Span", attr("", ["long-formula"], tabindex=0), [x, *stop]))
         else: out.append(x)
     return out
 

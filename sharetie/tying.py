@@ -64,18 +64,22 @@ def _between(models, members):
         members = list(found[0])
     groups = {}
     for item in [members] if isinstance(members, str) else members:
-        if isinstance(item, str):
-            rows = [[name] * len(models) for name in _match(found[0], item, "members")]
-        elif len(item) == len(models):
-            rows = [item]
-        else:
+        _check_item(item)
+        if not isinstance(item, str) and len(item) != len(models):
             raise ValueError(f"members: {item!r} names {len(item)} parameters for {len(models)} models")
+        rows = [[name] * len(models) for name in _match(found[0], item, "members")] if isinstance(item, str) else [item]
         for row in rows:
             names = [_match(names, name, f"members, models[{i}]")[0] for i, (names, name) in enumerate(zip(found, row))]
             groups[names[0]] = [names_of[name] for names_of, name in zip(found, names)]
     return groups
 
 # %% ../nbs/04_tying.ipynb #ea8e43ac
+def _check_item(item):
+    "Raise unless `item` is a name or a sequence of names."
+    if not isinstance(item, (str, tuple, list)) or not item:
+        raise TypeError(f"members: names, patterns, or tuples of them are expected, got {item!r}")
+
+
 def _same_names(found):
     "Raise unless every model has the parameter names of the first."
     for i, other in enumerate(found[1:], 1):
@@ -89,7 +93,8 @@ def _within(model, members):
     "Groups of parameters of one `model`, each given as a pattern or a list of names and patterns."
     found = _members(model)
     if members is None: raise ValueError("members: which weights of the one model are tied? a list of groups is expected, got None")
-    items = members if isinstance(members, Mapping) else [members] if isinstance(members, str) else members
+    items = [members] if isinstance(members, str) else members
+    for item in items.values() if isinstance(items, Mapping) else items: _check_item(item)
     named = items.items() if isinstance(items, Mapping) else ((item if isinstance(item, str) else item[0], item) for item in items)
     groups = {}
     for label, item in named:

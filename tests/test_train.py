@@ -7,7 +7,8 @@ import random
 import signal
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -502,7 +503,7 @@ def test_bad_metrics():
 
 def join(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
 
 
 def with_ddp(rank, folder):
@@ -547,7 +548,8 @@ def plain():
 
 def in_two_processes(f, folder):
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        return [future.result(timeout=120) for future in [pool.submit(f, rank, str(folder)) for rank in range(2)]]
+        futures = [pool.submit(f, rank, str(folder)) for rank in range(2)]
+        return [future.result() for future in as_completed(futures)]
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is without torch.distributed")

@@ -2,11 +2,15 @@
 import base64
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
@@ -202,6 +206,44 @@ def run(root, *args, **env):
 def build(root, **env):
     "Build the site of the project at `root`."
     return run(root, str(BOOK / "build.py"), **env)
+
+
+def once(factory, name, make):
+    "What `make(folder)` makes, made once for all workers of a test run; returns the site in it."
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    root, done = base / name, base / f"{name}.done"
+    try: (base / f"{name}.lock").mkdir()
+    except FileExistsError:
+        for _ in range(1200):
+            if done.exists(): break
+            time.sleep(.1)
+    else:
+        try: made = build(make(root))
+        except Exception as error: done.write_text(repr(error)); raise
+        done.write_text("" if made.returncode == 0 else made.stderr)
+    assert done.exists() and not done.read_text(), done.read_text()
+    return root / "_docs"
+
+
+@pytest.fixture(scope="session")
+def toy_site(tmp_path_factory):
+    "The site of the toy book."
+    return once(tmp_path_factory, "toy", write)
+
+
+def copy_book(root):
+    "A copy of the real book, so that a test never touches its site."
+    root.mkdir()
+    for name in ("settings.ini", "_quarto.yml", "README.md"): shutil.copy(ROOT / name, root)
+    for name in ("nbs", "sharetie"): shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_site(tmp_path_factory):
+    "The site of the real book."
+    return once(tmp_path_factory, "real", copy_book)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""What all tests share: flags, data, a results folder of their own, and a last word on what was left out.
+
+A test or chapter section with a flag (`gpu`, `slow`, `mnist`, `adult`, `conll`) runs when SHARETIE_FLAGS names
+it; `gpu` runs wherever CUDA is. `make test FLAGS="slow mnist"` sets the variable.
+"""
+import os
+import shutil
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel processes, before torch is imported
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "book")]
+
+from flags import flags_off, flags_on
+
+DATA = ROOT.parent / "shared" / "data"
+if DATA.is_dir(): os.environ.setdefault("SHARETIE_DATA", str(DATA))
+
+
+def pytest_configure(config):
+    flags_on()  # an unknown flag fails here, once, and not in every test
+
+
+def pytest_collection_modifyitems(items):
+    off = flags_off()
+    for item in items:
+        for flag in sorted(off & {mark.name for mark in item.iter_markers()}):
+            why = "no CUDA device" if flag == "gpu" else f'run with make test FLAGS="{flag}"'
+            item.add_marker(pytest.mark.skip(reason=f"{flag}: {why}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def results_of_their_own(tmp_path_factory):
+    "Tests read the recorded results, and write to a copy: running them leaves the repository as it was."
+    folder = tmp_path_factory.mktemp("results") / "results"
+    shutil.copytree(ROOT / "results", folder)
+    os.environ["SHARETIE_RESULTS"] = str(folder)
+    yield folder
+    del os.environ["SHARETIE_RESULTS"]
+
+
+def pytest_terminal_summary(terminalreporter):
+    "Say once per reason what did not run."
+    skipped = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        skipped[reason] = skipped.get(reason, 0) + 1
+    left_out = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "left_out": left_out[value] = left_out.get(value, 0) + 1
+    for reason, count in sorted(skipped.items()): terminalreporter.write_line(f"skipped {count} test{'s' * (count > 1)}: {reason}")
+    for section in sorted(left_out): terminalreporter.write_line(f"left out: {section}")

@@ -1,0 +1,26 @@
+"Every chapter is a test: all its cells run, from top to bottom, but for the flagged ones that are off."
+import json
+from collections import Counter
+
+import pytest
+from conftest import ROOT
+from flags import flags_off
+from nbdev.test import test_nb as run_notebook
+
+CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def flags_of(path):
+    "How many cells of a notebook each flag that is off leaves out."
+    cells = (cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code")
+    lines = ({line.removeprefix("#|").strip() for line in cell["source"] if line.startswith("#|")} for cell in cells)
+    return Counter(flag for found in lines for flag in found & flags_off())
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_chapter(path, record_property, capfd):
+    passed, _ = run_notebook(path, skip_flags=flags_off(), basepath=ROOT)
+    assert passed, capfd.readouterr().err
+    for flag, count in flags_of(path).items():
+        why = "no CUDA device" if flag == "gpu" else f'make test FLAGS="{flag}" runs them'
+        record_property("left_out", f"{path.stem}: {count} cells flagged {flag} ({why})")

@@ -1,0 +1,134 @@
+"Distances between weights: the fast road against PyTorch's own losses, in every type, layout and mode."
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from sharetie.distances import DISTANCES, _plain_sums, add_slopes_, pair_distances, shrink
+
+SUMS = ("squared_l2", "l1", "huber")
+SHAPES = [(2, 3), (), (0,), (7,), (1 << 17) + 5, (600, 700)]  # empty, scalar, one and several pieces, several buckets
+
+
+def tensors(dtype=torch.float64, requires_grad=True, shapes=SHAPES):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_(requires_grad) for shape in shapes]
+
+
+def pairs(dtype=torch.float64):
+    x = tensors(dtype)
+    return x, [(t.detach() + 0.7 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1)).to(dtype)).requires_grad_() for t in x]
+
+
+@pytest.mark.parametrize("distance", SUMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_value_and_gradient_equal_the_plain_losses(distance, dtype):
+    x, y = pairs(dtype)
+    ours, plain = pair_distances(x, y, distance, 0.5), _plain_sums(distance, 0.5, x, y)
+    assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    factors = torch.arange(1, len(x) + 1, dtype=ours.dtype)
+    got, expected = (torch.autograd.grad((s * factors).sum(), [*x, *y]) for s in (ours, plain))
+    for a, b in zip(got, expected):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b)
+
+
+def test_large_sums_keep_their_digits_in_half_precision():
+    ones = torch.ones(100_003, dtype=torch.float16)
+    assert pair_distances([ones], [torch.zeros_like(ones)]).item() == 100_003
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_frozen_side_gets_no_gradient(distance):
+    x, y = torch.randn(5, requires_grad=True), torch.randn(5)
+    pair_distances([x], [y], distance).sum().backward()
+    assert x.grad is not None and y.grad is None
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_layouts_that_are_not_contiguous(distance):
+    x, y = torch.randn(4, 6, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64)
+    by_view = torch.autograd.grad(pair_distances([x.T], [y], distance).sum(), x)[0]
+    by_copy = torch.autograd.grad(pair_distances([x.T.contiguous()], [y], distance).sum(), x)[0]
+    torch.testing.assert_close(by_view, by_copy)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_finite_differences_agree(distance):
+    x, y = torch.randn(3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b: pair_distances([a], [b], distance, 0.5), (x, y))
+    assert torch.autograd.gradgradcheck(lambda a, b: pair_distances([a], [b], distance, 0.5), (x, y))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_function_transforms(distance):
+    y = torch.randn(4, dtype=torch.float64)
+    def f(x): return pair_distances([x], [y], distance).sum()
+    x = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(torch.func.grad(f)(x.detach()), torch.autograd.grad(f(x), x)[0])
+    assert torch.func.hessian(f)(x.detach()).shape == (4, 4)
+    many = torch.stack([x.detach(), 2 * x.detach()])
+    torch.testing.assert_close(torch.func.vmap(f)(many), torch.stack([f(row) for row in many]))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_autocast_changes_nothing(distance):
+    x, y = torch.randn(999), torch.randn(999)
+    with torch.autocast("cpu", dtype=torch.bfloat16): cast = pair_distances([x], [y], distance)
+    torch.testing.assert_close(cast, pair_distances([x], [y], distance), rtol=0, atol=0)
+
+
+def test_backward_sees_weights_changed_in_place():
+    x, y = torch.randn(3, requires_grad=True), torch.randn(3)
+    value = pair_distances([x], [y]).sum()
+    with torch.no_grad(): x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"): value.backward()
+
+
+def test_one_pass_adds_to_gradients_that_are_there():
+    x, y = pairs()
+    for t in x: t.grad = torch.ones_like(t)
+    expected = torch.autograd.grad(2 * _plain_sums("squared_l2", 1.0, x, y).sum(), x)
+    add_slopes_(x, y, [2.0] * len(x))
+    for t, grad in zip(x, expected): torch.testing.assert_close(t.grad, grad + 1)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: pair_distances(x, x, "manhattan"), "distance: one of .* got 'manhattan'"),
+    (lambda x: pair_distances(x, x, "huber", 0.0), "delta: a number above 0 is expected, got 0.0"),
+    (lambda x: pair_distances(x, x, "huber", float("nan")), "delta"),
+    (lambda x: pair_distances([], []), "got 0 and 0"),
+    (lambda x: pair_distances(x, x + x), "got 1 and 2"),
+    (lambda x: pair_distances(x, [torch.zeros(4)]), r"x\[0\] has shape \(3,\), y\[0\] has shape \(4,\)"),
+    (lambda x: add_slopes_(x, [torch.zeros(3)], [1.0], "cosine"), "one pass needs"),
+    (lambda x: shrink(x[0], -1.0), "t: a finite number of at least 0 is expected, got -1.0"),
+    (lambda x: shrink(x[0], 1.0, "cosine"), "has a closed form, got 'cosine'"),
+])
+def test_bad_input_names_what_came(call, message):
+    x = [torch.zeros(3, requires_grad=True)]
+    with pytest.raises(ValueError, match=message): call(x)
+    assert x[0].grad is None
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=2), st.floats(0, 4), st.sampled_from(DISTANCES[:4]))
+def test_shrink_is_the_minimum_that_a_general_solver_finds(d, t, distance):
+    d = torch.tensor(d, dtype=torch.float64)
+    def objective(v):
+        v = torch.as_tensor(v)
+        return (0.5 * (v - d).pow(2).sum() + t * pair_distances([v], [torch.zeros_like(v)], distance)[0]).item()
+    solved = min((minimize(objective, start, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13}) for start in (d.numpy(), [0.0, 0.0])), key=lambda r: r.fun)
+    assert objective(shrink(d, t, distance)) <= solved.fun + 1e-9
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=6), st.lists(st.floats(-100, 100), min_size=1, max_size=6), st.sampled_from(DISTANCES))
+def test_distances_are_symmetric_and_zero_on_equal_tensors(a, b, distance):
+    n = min(len(a), len(b))
+    x, y = (torch.tensor(v[:n], dtype=torch.float64) for v in (a, b))
+    forth, back = pair_distances([x], [y], distance), pair_distances([y], [x], distance)
+    torch.testing.assert_close(forth, back)
+    assert forth >= -1e-12
+    assert pair_distances([x], [x.clone()], distance).abs() < 1e-12

@@ -1,0 +1,384 @@
+"The tying penalty: who is tied, the dial, the steps beside the optimizer, and what it refuses."
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sharetie.distances import DISTANCES
+from sharetie.tying import Anneal, TiePenalty, accumulate_grad_, fisher_diagonal, harden_, proximal_
+
+
+def mlp(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def loop(a, b): return sum((x - y).pow(2).sum() for x, y in zip(a.parameters(), b.parameters()))
+
+
+def state(*models): return [p.detach().clone() for m in models for p in m.parameters()]
+
+
+# The value and who is tied
+
+def test_two_models_equal_the_loop():
+    a, b = mlp(0), mlp(1)
+    torch.testing.assert_close(TiePenalty(a, b, strength=0.3)(), 0.3 * loop(a, b))
+
+
+def test_patterns_pairs_of_names_and_per_group_strengths():
+    a, b = mlp(0), nn.ModuleDict({"first": nn.Linear(4, 5).double(), "last": nn.Linear(5, 3).double()})
+    tie = TiePenalty(a, b, members=[("0.weight", "first.weight"), ("2.bias", "last.bias")], strength={"0.*": 2.0, "*": 3.0})
+    expected = 2 * (a[0].weight - b["first"].weight).pow(2).sum() + 3 * (a[2].bias - b["last"].bias).pow(2).sum()
+    torch.testing.assert_close(tie(), expected)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_three_models_to_their_mean_and_in_pairs(distance):
+    models = [mlp(s) for s in range(3)]
+    weights = [m[0].weight for m in models]
+    def one(x, y): return TiePenalty([(x, y)], distance=distance)()
+    pairs = one(weights[0], weights[1]) + one(weights[0], weights[2]) + one(weights[1], weights[2])
+    torch.testing.assert_close(TiePenalty(*models, members="0.weight", distance=distance)(), pairs)
+    mean = torch.stack(weights).mean(0)
+    torch.testing.assert_close(TiePenalty(*models, members="0.weight", distance=distance, toward="mean")(), sum(one(w, mean) for w in weights))
+
+
+@pytest.mark.parametrize("toward", ["pairs", "mean"])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_gradients_by_finite_differences(distance, toward, count):
+    tensors = [torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+    def value(*t): return TiePenalty([t], distance=distance, toward=toward, strength=1.7)()
+    assert torch.autograd.gradcheck(value, tensors)
+
+
+def test_a_map_ties_different_shapes():
+    a, b = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    tie = TiePenalty({"transpose": (a, b)}, map={"transpose": lambda w: w.T})
+    torch.testing.assert_close(tie(), (b - a.T).pow(2).sum())
+    assert torch.autograd.gradcheck(lambda a, b: TiePenalty([(a, b)], map=lambda w: w.T)(), (a, b))
+
+
+def test_a_parameter_under_two_names_counts_once():
+    def tied():
+        model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+        model["head"].weight = model["embed"].weight
+        return model
+    a, b = tied(), tied()
+    torch.testing.assert_close(TiePenalty(a, b)(), (a["head"].weight - b["head"].weight).pow(2).sum())
+
+
+def test_the_tie_follows_a_parameter_that_is_replaced():
+    a, b = mlp(0), mlp(1)
+    tie = TiePenalty(a, b)
+    a.load_state_dict({k: torch.zeros_like(v) for k, v in a.state_dict().items()}, assign=True)
+    torch.testing.assert_close(tie(), sum(p.pow(2).sum() for p in b.parameters()))
+    a.load_state_dict(b.state_dict(), assign=True)
+    assert tie().item() == 0
+
+
+def test_functional_call_reaches_the_penalty():
+    model = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
+    tie = TiePenalty(model, members=[("0.weight", "1.weight")])
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+        def forward(self): return tie()
+    tied = Tied()
+    values = {name: p.detach() for name, p in tied.named_parameters()} | {"model.0.weight": torch.tensor([[3.0, 0]]), "model.1.weight": torch.zeros(1, 2)}
+    grad = torch.func.grad(lambda v: torch.func.functional_call(tied, v, ()))(values)
+    assert grad["model.0.weight"].tolist() == [[6, 0]]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_compile_gives_the_same_and_follows_the_strength(distance):
+    a, b = mlp(0, torch.float32), mlp(1, torch.float32)
+    tie = TiePenalty(a, b, distance=distance)
+    compiled = torch.compile(lambda: tie(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), tie())
+    tie.strength = 5.0
+    torch.testing.assert_close(compiled(), tie())
+    got, expected = (torch.autograd.grad(f(), list(a.parameters())) for f in (compiled, tie))
+    for x, y in zip(got, expected): torch.testing.assert_close(x, y)
+
+
+def test_autocast_and_half_precision():
+    a, b = mlp(0, torch.bfloat16), mlp(1, torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16): value = TiePenalty(a, b)()
+    value.backward()
+    assert value.dtype == torch.float32 and a[0].weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(value, loop(a.float(), b.float()))
+
+
+def test_meta_and_devices():
+    with torch.device("meta"): a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert TiePenalty(a, b)().device.type == "meta"
+    with pytest.raises(ValueError, match=r"models\[0\].weight has device meta, models\[1\].weight has device cpu"): TiePenalty(a, nn.Linear(2, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_cuda_equals_cpu(distance):
+    a, b = mlp(0), mlp(1)
+    expected = TiePenalty(a, b, distance=distance)()
+    torch.testing.assert_close(TiePenalty(a.cuda(), b.cuda(), distance=distance)().cpu(), expected)
+    accumulate_grad_(TiePenalty(a, b, distance=distance))
+    assert a[0].weight.grad.is_cuda
+
+
+# The gradient in one pass
+
+@pytest.mark.parametrize("toward", ["pairs", "mean"])
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("count", [2, 3])
+def test_accumulated_gradients_equal_autograd(distance, toward, count):
+    models = [mlp(s) for s in range(count)]
+    tie = TiePenalty(*models, distance=distance, toward=toward, strength={"*.weight": 2.0, "*": 0.5})
+    for p in tie.parameters(): p.grad = torch.ones_like(p)
+    expected = torch.autograd.grad(3 * tie(), tie.parameters())
+    torch.testing.assert_close(accumulate_grad_(tie, scale=3), tie().detach())
+    for p, grad in zip(tie.parameters(), expected): torch.testing.assert_close(p.grad, 1 + grad)
+
+
+def test_accumulating_through_a_map_and_with_a_frozen_side():
+    a, b = nn.Parameter(torch.randn(2, 3)), torch.randn(3, 2)
+    accumulate_grad_(TiePenalty([(a, b)], map=lambda w: w.T))
+    torch.testing.assert_close(a.grad, 2 * (a - b.T).detach())
+    c = nn.Parameter(torch.randn(3, 2))
+    accumulate_grad_(TiePenalty([(c, b)]))
+    torch.testing.assert_close(c.grad, 2 * (c - b).detach())
+    assert b.grad is None
+
+
+# Proximal steps
+
+def assert_minimum(tie, start, step_size):
+    "The members are at the minimum of eq-tying-prox, which is convex: no small step in any direction makes it smaller."
+    moving = [(t, s) for t, s in zip(tie.parameters(), start) if t.requires_grad]
+    def objective(): return sum(0.5 * (t - s).pow(2).sum() for t, s in moving) + step_size * tie()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        least = objective()
+        for i in range(400):
+            steps = [10.0 ** -(2 + i % 3) * torch.randn(t.shape, generator=g, dtype=t.dtype) for t, _ in moving]
+            for (t, _), step in zip(moving, steps): t.add_(step)
+            assert objective() >= least - 1e-12
+            for (t, _), step in zip(moving, steps): t.sub_(step)
+
+
+@pytest.mark.parametrize("toward", ["pairs", "mean"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("distance", DISTANCES[:4])
+def test_the_proximal_step_of_a_pair_is_the_minimum(distance, frozen, toward):
+    def pair():
+        x, y = nn.Parameter(torch.tensor([1.5, -0.6, 0.3], dtype=torch.float64)), torch.tensor([-1.0, 0.2, 0.25], dtype=torch.float64)
+        return TiePenalty([(x, y if frozen else nn.Parameter(y))], distance=distance, toward=toward, strength=0.8, delta=0.7)
+    tie = pair()
+    start = [t.detach().clone() for t in tie.parameters()]
+    proximal_(tie, step_size=0.5)
+    assert any((t - s).abs().max() > 0.05 for t, s in zip(tie.parameters(), start))
+    assert_minimum(tie, start, 0.5)
+
+
+@pytest.mark.parametrize("toward", ["pairs", "mean"])
+def test_the_proximal_step_of_four_is_the_minimum(toward):
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(4, 3, generator=g, dtype=torch.float64)
+    tie = TiePenalty([tuple(nn.Parameter(row.clone()) for row in start)], toward=toward, strength=0.4)
+    proximal_(tie, step_size=0.5)
+    assert_minimum(tie, start, 0.5)
+
+
+def test_an_endless_strength_meets_in_the_mean_and_zero_does_nothing():
+    a, b = mlp(0), mlp(1)
+    before = state(a, b)
+    proximal_(TiePenalty(a, b, strength=0.0), 1.0)
+    assert all(torch.equal(x, y) for x, y in zip(before, state(a, b)))
+    proximal_(TiePenalty(a, b, strength=1e12), 1.0)
+    half = len(before) // 2
+    for x, y, p, q in zip(before[:half], before[half:], a.parameters(), b.parameters()):
+        torch.testing.assert_close(p.detach(), (x + y) / 2)
+        torch.testing.assert_close(q, p)
+
+
+def test_refused_proximal_steps_move_nothing():
+    models = [mlp(s) for s in range(3)]
+    before = state(*models)
+    models[2][0].weight.requires_grad_(False)
+    x = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.zeros(3, 2))
+    for tie, step, message in [(TiePenalty(*models, distance="l1"), 0.1, "3 members and distance 'l1'"), (TiePenalty(*models), 0.1, r"models\[2\].0.weight.*frozen"),
+                               (TiePenalty(*models, distance="cosine"), 0.1, "no closed proximal step"), (TiePenalty([x], map=lambda w: w.T), 0.1, "through a map"),
+                               (TiePenalty(*models), -0.1, "step_size: .* got -0.1"), (TiePenalty(*models), math.nan, "step_size")]:
+        with pytest.raises(ValueError, match=message): proximal_(tie, step)
+    assert all(torch.equal(x, y) for x, y in zip(before, state(*models)))
+
+
+# Schedules
+
+@pytest.mark.parametrize("shape, middle", [("geometric", 1.0), ("linear", 5.05), ("cosine", 5.05)])
+def test_schedules_start_pass_the_middle_and_end(shape, middle):
+    tie = TiePenalty([(torch.ones(1), torch.zeros(1))], strength=2.0)
+    schedule = Anneal(tie, start=0.1, end=10.0, steps=4, shape=shape)
+    seen = [tie()]
+    for _ in range(5):
+        schedule.step()
+        seen.append(tie())
+    assert [round(seen[i].item(), 5) for i in (0, 2, 4, 5)] == [0.2, 2 * middle, 20, 20]
+
+
+def test_a_schedule_goes_on_from_its_state():
+    ties = [TiePenalty([(torch.ones(1), torch.zeros(1))]) for _ in range(2)]
+    first, second = (Anneal(tie, start=1, end=16, steps=4) for tie in ties)
+    for _ in range(3): first.step()
+    second.load_state_dict(first.state_dict())
+    assert ties[0].strength == ties[1].strength == {"groups[0]": 8.0}
+    with pytest.raises(ValueError, match="groups"): second.load_state_dict({"base": {"other": 1.0}, "done": 1})
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(start=0, end=1, steps=3), "numbers above 0"), (dict(start=-1, end=1, steps=3), "start"), (dict(start=1, end=math.inf, steps=3), "end"),
+    (dict(start=1, end=2, steps=0), "steps"), (dict(start=1, end=2, steps=1.5), "steps"), (dict(start=1, end=2, steps=3, shape="square"), "shape"),
+])
+def test_bad_schedules_leave_the_strength(options, message):
+    tie = TiePenalty([(torch.ones(1), torch.zeros(1))], strength=2.0)
+    with pytest.raises(ValueError, match=message): Anneal(tie, **options)
+    assert tie.strength == {"groups[0]": 2.0}
+
+
+# From tied to shared
+
+def test_harden_by_mean_shares_trains_and_reports():
+    a, b = mlp(0), mlp(1)
+    before = state(a, b)
+    report = harden_(TiePenalty(a, b))
+    assert all(p is q for p, q in zip(a.parameters(), b.parameters()))
+    torch.testing.assert_close(a[0].weight.detach(), (before[0] + before[4]) / 2)
+    assert [m.name for m in report[:2]] == ["models[0].0.weight", "models[1].0.weight"]
+    assert report[0].distance == pytest.approx(((before[0] - before[4]) / 2).norm().item())
+    assert report[0].relative == pytest.approx(report[0].distance / before[0].norm().item())
+    optimizer = torch.optim.SGD(nn.ModuleList([a, b]).parameters(), lr=0.1)
+    (a(torch.ones(1, 4).double()).sum() + b(torch.ones(1, 4).double()).sum()).backward()
+    optimizer.step()
+    assert len(list(nn.ModuleList([a, b]).parameters())) == 4 and torch.equal(a[2].bias, b[2].bias)
+
+
+def test_harden_to_the_first_within_one_model():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    first = model[0].weight.detach().clone()
+    report = harden_(TiePenalty(model, members=["*.weight"]), to="first")
+    assert model[2].weight is model[0].weight and torch.equal(model[2].weight, first)
+    assert report[0].distance == 0 and report[1].distance > 0
+
+
+def test_harden_by_fisher_is_the_weighted_mean_and_the_mean_where_nobody_cares():
+    a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        a.weight.copy_(torch.tensor([[0.0, 0.0]]))
+        b.weight.copy_(torch.tensor([[4.0, 6.0]]))
+    fisher = [{"weight": torch.tensor([[1.0, 0.0]])}, {"weight": torch.tensor([[3.0, 0.0]])}]
+    harden_(TiePenalty(a, b), to="fisher", fisher=fisher)
+    assert b.weight.tolist() == [[3, 3]]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda tie: harden_(tie, to="median"), "to: .* got 'median'"),
+    (lambda tie: harden_(tie, to="fisher"), "fisher: given with"),
+    (lambda tie: harden_(tie, fisher=[{}, {}]), "fisher: given with"),
+    (lambda tie: harden_(tie, to="fisher", fisher=[{}]), "has no entry '0.weight'"),
+    (lambda tie: harden_(tie, to="fisher", fisher=[{n: torch.ones(1) for n in ("0.weight", "0.bias", "2.weight", "2.bias")}] * 2), "of shape"),
+    (lambda tie: harden_(TiePenalty([(torch.ones(1), torch.zeros(1))])), "bare tensors"),
+])
+def test_refused_hardening_changes_nothing(call, message):
+    a, b = mlp(0), mlp(1)
+    before, owners = state(a, b), [*a.parameters(), *b.parameters()]
+    with pytest.raises(ValueError, match=message): call(TiePenalty(a, b))
+    assert all(torch.equal(x, y) for x, y in zip(before, state(a, b)))
+    assert all(p is q for p, q in zip(owners, [*a.parameters(), *b.parameters()]))
+
+
+def test_harden_refuses_a_map():
+    x = nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 2)])
+    with pytest.raises(ValueError, match="map of 0.weight"): harden_(TiePenalty(x, members=[("0.weight", "1.weight")], map=lambda w: w.T))
+
+
+def test_fisher_diagonal_equals_the_loop_over_examples_and_labels():
+    model, x = mlp(0), torch.randn(7, 4, dtype=torch.float64)
+    expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for example in x:
+        for c in range(3):
+            log_p = F.log_softmax(model(example[None]), -1)[0, c]
+            for (name, _), grad in zip(model.named_parameters(), torch.autograd.grad(log_p, list(model.parameters()))):
+                expected[name] += log_p.exp().detach() * grad ** 2 / len(x)
+    for chunk in (2, 64):
+        for name, value in fisher_diagonal(model, x, chunk).items(): torch.testing.assert_close(value, expected[name])
+
+
+# What it refuses at construction
+
+SAME = nn.Parameter(torch.zeros(2))
+
+
+@pytest.mark.parametrize("make, error, message", [
+    (lambda: TiePenalty(), TypeError, "got nothing"),
+    (lambda: TiePenalty(3), TypeError, "got int"),
+    (lambda: TiePenalty([]), ValueError, "nothing to tie"),
+    (lambda: TiePenalty([()]), ValueError, "two members or more"),
+    (lambda: TiePenalty([(torch.zeros(2),)]), ValueError, "two members or more"),
+    (lambda: TiePenalty([torch.zeros(2), torch.zeros(2)]), TypeError, "a tuple of tensors is expected, got Tensor"),
+    (lambda: TiePenalty([(torch.zeros(2), 3)]), TypeError, "a tuple of tensors"),
+    (lambda: TiePenalty([(torch.zeros(2), torch.zeros(3))]), ValueError, r"\(2,\).*\(3,\); a map"),
+    (lambda: TiePenalty([(torch.zeros(2), torch.zeros(2, dtype=torch.int64))]), TypeError, r"groups\[0\]\[1\] is torch.int64"),
+    (lambda: TiePenalty([(torch.zeros(2), torch.zeros(2).double())]), ValueError, "torch.float32.*torch.float64"),
+    (lambda: TiePenalty([(torch.zeros(2), torch.zeros(2, device="meta"))]), ValueError, "cpu.*meta"),
+    (lambda: TiePenalty([(SAME, SAME)]), ValueError, r"same tensor is on both sides, as groups\[0\]\[0\] and groups\[0\]\[1\]"),
+    (lambda: TiePenalty(mlp(), mlp(), strength=-1), ValueError, "strength of 0.weight: .* got -1"),
+    (lambda: TiePenalty(mlp(), mlp(), strength=math.nan), ValueError, "strength of 0.weight: .* got nan"),
+    (lambda: TiePenalty(mlp(), mlp(), strength=math.inf), ValueError, "got inf"),
+    (lambda: TiePenalty(mlp(), mlp(), strength="1"), TypeError, "strength of 0.weight: a number is expected, got '1'"),
+    (lambda: TiePenalty(mlp(), mlp(), strength={"*.weight": 1}), ValueError, r"fits \['0.bias', '2.bias'\]"),
+    (lambda: TiePenalty(mlp(), mlp(), strength={"*": 1, "head": 2}), ValueError, "strength: 'head' matches none of 4 names"),
+    (lambda: TiePenalty(mlp(), mlp(), members="*.wieght"), ValueError, "'.*wieght' matches none .* nearest is '.*weight'"),
+    (lambda: TiePenalty(mlp(), mlp(), members=[]), ValueError, "nothing to tie"),
+    (lambda: TiePenalty(mlp(), mlp(), members=[("0.weight",)]), ValueError, "names 1 parameters for 2 models"),
+    (lambda: TiePenalty(mlp(), mlp(), members=[3]), TypeError, "members"),
+    (lambda: TiePenalty(mlp(), nn.Linear(4, 5).double()), ValueError, r"different names: only models\[0\] has .*0.bias.*only models\[1\] has .*bias"),
+    (lambda: TiePenalty(mlp(), members=["0.weight"]), ValueError, "two members or more, got \\['0.weight'\\]"),
+    (lambda: TiePenalty(mlp()), ValueError, "members: which weights"),
+    (lambda: TiePenalty([(torch.zeros(2), torch.ones(2))], members="*"), ValueError, "members: names need models"),
+    (lambda: TiePenalty(mlp(), mlp(), distance="l2"), ValueError, "distance: one of .* got 'l2'"),
+    (lambda: TiePenalty(mlp(), mlp(), toward="median"), ValueError, "toward"),
+    (lambda: TiePenalty(mlp(), mlp(), delta=0), ValueError, "delta"),
+    (lambda: TiePenalty([(torch.zeros(2, 3), torch.zeros(3, 2))], map=lambda w: w.sum()), ValueError, r"shape \(\) after its map, .* shape \(3, 2\)"),
+    (lambda: TiePenalty([(torch.zeros(2), torch.zeros(2))], map=lambda w: 3), TypeError, "into a int"),
+    (lambda: TiePenalty([(torch.zeros(2), torch.zeros(2))], map=3), TypeError, "a function .* is expected, got 3"),
+])
+def test_bad_input_raises_at_construction(make, error, message):
+    with pytest.raises(error, match=message): make()
+
+
+def test_a_bad_strength_leaves_the_old_one():
+    tie = TiePenalty(mlp(), mlp(1), strength=2.0)
+    for bad in (-1.0, math.nan, {"0.weight": 1.0}):
+        with pytest.raises(ValueError, match="strength"): tie.strength = bad
+    assert set(tie.strength.values()) == {2.0}
+
+
+def test_a_bare_tensor_that_is_no_leaf_is_refused_by_the_one_pass():
+    x = torch.ones(2, requires_grad=True) * 2
+    with pytest.raises(ValueError, match="leaves"): accumulate_grad_(TiePenalty([(x, torch.zeros(2))]))
+
+
+def test_copies_of_a_model_are_tied_to_their_source():
+    source = mlp(0)
+    tuned = copy.deepcopy(source)
+    for p in source.parameters(): p.requires_grad_(False)
+    tie = TiePenalty(tuned, source, strength=0.1)
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+    (tuned(torch.ones(2, 4).double()).pow(2).sum() + tie()).backward()
+    optimizer.step()
+    assert 0 < loop(tuned, source) and all(p.grad is None for p in source.parameters())
