@@ -145,13 +145,10 @@ class _Run:
         self.named = _trainable(self.model)
         _check_options(self)
         self.optimizer = _optimizer(self.optimizer, self.scheduler, self.named)
+        self.closure = _needs_closure(self.optimizer)
         self.device, self.group = _device(self.device, self.model), _group(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        self.closure = _needs_closure(self.optimizer)
         if self.checkpoint is not None: self.checkpoint = _checkpoint_path(self.checkpoint, self.group)
-
-    @property
-    def stalled(self): return self.patience is not None and self.epoch - self.best["epoch"] >= self.patience
 
 # %% ../nbs/01_train.ipynb #e594bfbf
 def _trainable(model):
@@ -373,7 +370,7 @@ def _close_epoch(run, row):
     if isinstance(run.scheduler, ReduceLROnPlateau): run.scheduler.step(row.get("valid_loss", row["train_loss"]))
     elif run.scheduler is not None: run.scheduler.step()
 
-# %% ../nbs/01_train.ipynb #c34cacbd
+# %% ../nbs/01_train.ipynb #a83427df
 def _parts(run):
     "Everything of a run that has a state of its own."
     names = ("model", "optimizer", "scheduler", "scaler", "loss", "penalty", "after_step")
@@ -383,7 +380,6 @@ def _rng(device):
     "The states of PyTorch's global generators."
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
-# %% ../nbs/01_train.ipynb #a83427df
 def _save(run):
     "Write the checkpoint, if one is wanted."
     if run.checkpoint is None: return
@@ -444,7 +440,6 @@ def _check_settings(saved, run):
             was, now = next(((a, b) for a, b in zip(was, now) if a != b), (f"{len(was)} entries", f"{len(now)} entries"))
         raise ValueError(f"checkpoint: {str(run.checkpoint)!r} is of another run: {name} was {was}, and is {now}; name another file, or remove it")
 
-# %% ../nbs/01_train.ipynb #439957b6
 def _restore(run, state):
     "Put the run where the checkpoint left it."
     if state is None: return
@@ -463,7 +458,6 @@ _STYLE = {
     "font.size": 10, "axes.titlesize": 10, "figure.constrained_layout.use": True, "figure.dpi": 100,
 }
 
-# %% ../nbs/01_train.ipynb #e6f40d60
 def subplots(
     rows: int = 1,  # of axes
     cols: int = 1,  # of axes
@@ -495,6 +489,7 @@ class History(pd.DataFrame):
         for name in columns:
             line, = ax.plot(self.index, self[name], label=name.replace("_", " "))
             if name.startswith("valid"): ax.plot(self.best_epoch, self.loc[self.best_epoch, name], "o", color=line.get_color())
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="epoch", ylabel=columns[0].replace("_", " ") if len(columns) == 1 else "loss")
         if len(columns) > 1: ax.legend(frameon=False)
         return ax
@@ -547,7 +542,7 @@ def fit(
         run.generators = [order, *filter(None, [getattr(run.train, "generator", None)])]
         _restore(run, state)
         bar.update(run.step)
-        while run.epoch < epochs and not run.stalled:
+        while run.epoch < epochs and (patience is None or run.epoch - run.best["epoch"] < patience):
             _close_epoch(run, _train_epoch(run, bar))
             _save(run)
     if run.best["model"] is not None: model.load_state_dict(run.best["model"])
@@ -587,9 +582,10 @@ class Comparison(pd.DataFrame):
         numeric = pd.api.types.is_numeric_dtype(self.index)
         at = dict(zip(self.index, self.index if numeric else range(len(self))))
         runs = self.runs[self.runs["variant"].isin(at)]
-        ax.plot(runs["variant"].map(at), runs[metric], ".", color=COLORS[5], zorder=1)
+        ax.plot(runs["variant"].map(at) + (0 if numeric else 0.12), runs[metric], ".", color=COLORS[5], zorder=1)
         ax.errorbar(list(at.values()), self[metric]["mean"], self[metric]["std"], fmt="o-" if numeric else "o", capsize=4, color=COLORS[0])
         if not numeric: ax.set_xticks(list(at.values()), [str(name) for name in at])
+        if not numeric: ax.margins(x=0.2)
         ax.set(xlabel="variant", ylabel=metric)
         return ax
 
@@ -619,8 +615,8 @@ def _one_run(f, seed, threads):
 
 def _numbers(result):
     "The metrics of a run as floats by name."
-    result = result if isinstance(result, Mapping) else {"value": result}
-    try: numbers = {name: float(value) for name, value in result.items()}
+    named = result if isinstance(result, Mapping) else {"value": result}
+    try: numbers = {name: float(value) for name, value in named.items()}
     except (TypeError, ValueError): numbers = {}
     if not numbers or {"variant", "seed"} & numbers.keys():
         raise TypeError(f"returned {result!r}, expected a number or a dict of numbers (and the names variant and seed are taken)")
@@ -712,18 +708,24 @@ def record(
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"name: got {name!r}, expected letters, digits, '_', '-' and '.'")
     if seeds is None and isinstance(measured, Comparison): seeds = measured.runs["seed"].unique()
+    if seeds is not None and not isinstance(seeds, Iterable): raise TypeError(f"seeds: got {seeds!r}, expected several, such as range(10)")
     entry = {"name": name, "measured": measured, "published": published, "source": source, "note": note,
              "seeds": None if seeds is None else sorted(int(seed) for seed in seeds)}
     entry = {key: _plain(value, key) for key, value in entry.items()}
     entry["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "sharetie": __version__}
     entry["hardware"] = _hardware()
     text = json.dumps(entry, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    folder = _results()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(folder / f"{name}.json")
+    _write(_results() / f"{name}.json", text)
     return entry
+
+def _write(path, text):
+    "Write a file under another name first, so that `path` is never half written."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/01_train.ipynb #1e457688
 def _figures(measured, published, quantity=""):
