@@ -7,6 +7,7 @@ __all__ = ['DISTANCES', 'pair_distances', 'can_add_slopes', 'add_slopes_', 'shri
 
 # %% ../nbs/04_distances.ipynb #3aba1028
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ def _rho_slope_(kind, d, delta):
 # %% ../nbs/04_distances.ipynb #2babd1d9
 def _plain_sums(kind, delta, x, y):
     "Per pair the sum of ρ(x - y), by PyTorch's own losses."
-    loss = {"l1": F.l1_loss, "huber": lambda a, b, reduction: F.huber_loss(a, b, reduction=reduction, delta=delta)}.get(kind, F.mse_loss)
+    loss = {"squared_l2": F.mse_loss, "l1": F.l1_loss, "huber": partial(F.huber_loss, delta=delta)}[kind]
     return torch.stack([loss(a, b, reduction="sum") for a, b in zip(_accurate(x), _accurate(y))])
 
 
@@ -40,8 +41,8 @@ def _accurate(tensors):
     return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
 
 # %% ../nbs/04_distances.ipynb #6693758b
-_CHUNK = 1 << 17   # elements per piece: half a MiB of float32, a part of one core's second-level cache
-_BUCKET = 1 << 20  # elements per node of the graph, so that a backward pass holds few gradients at a time
+_CHUNK = 1 << 20   # elements per piece: 4 MiB of float32 stay in cache, and few threads' meetings are lost
+_BUCKET = 1 << 20  # elements per node of the graph: a backward pass holds few gradients at a time
 
 
 def _pieces(*tensors):
@@ -62,7 +63,7 @@ def _difference(a, b, scratch):
 
 # %% ../nbs/04_distances.ipynb #2b21c930
 class _PairSums(torch.autograd.Function):
-    "Per pair the sum of ρ(x - y) over CPU tensors; only the weights themselves are kept for the backward pass."
+    "Per pair the sum of ρ(x - y) over CPU tensors; the backward pass keeps the weights alone."
 
     @staticmethod
     def forward(ctx, kind, delta, *tensors):
@@ -71,8 +72,9 @@ class _PairSums(torch.autograd.Function):
         half = len(tensors) // 2
         scratch = _scratch(max(tensors, key=torch.numel))
         with torch.autocast("cpu", enabled=False):
-            return torch.stack([torch.stack([_rho_sum(kind, _difference(a, b, scratch), delta) for a, b in _pieces(x, y)]).sum()
-                                for x, y in zip(tensors[:half], tensors[half:])])
+            return torch.stack([
+                torch.stack([_rho_sum(kind, _difference(a, b, scratch), delta) for a, b in _pieces(x, y)]).sum()
+                for x, y in zip(tensors[:half], tensors[half:])])
 
     @staticmethod
     def backward(ctx, upstream):
@@ -91,7 +93,7 @@ class _PairSums(torch.autograd.Function):
 
 # %% ../nbs/04_distances.ipynb #43ee817c
 def _write_slopes(kind, delta, factor, pair, grads, scratch):
-    "Write `factor`·ρ'(x - y) to the gradient of x and its negative to that of y; None is left out."
+    "Write `factor`·ρ'(x - y) to the gradient of x, its negative to that of y; None is left out."
     outs = [(grad, sign * factor) for grad, sign in zip(grads, (1, -1)) if grad is not None]
     for a, b, *pieces in _pieces(*pair, *(grad for grad, _ in outs)):
         slope = _rho_slope_(kind, _difference(a, b, scratch), delta)
@@ -110,7 +112,8 @@ def _buckets(x, y):
 
 def _is_plain_cpu(tensor):
     "Can `_pieces` walk this tensor?"
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def _pair_sums(kind, delta, x, y):
@@ -127,11 +130,15 @@ def pair_distances(
     x: Sequence[Tensor],  # one list of floating point tensors
     y: Sequence[Tensor],  # another, of the same shapes, dtypes and devices
     distance: str = "squared_l2",  # one of `DISTANCES`
-    delta: float = 1.0,  # for "huber": where the square turns into a line, in units of the weights
+    delta: float = 1.0,  # for "huber": where the square turns into a line, in the weights' units
 ) -> Tensor:  # (pairs,), float32, or float64 for float64 tensors
-    "The distance of every pair of tensors, differentiable; ValueError for an unknown name or lists that do not match."
+    """The distance of every pair of tensors, differentiable.
+
+    Raises ValueError for an unknown distance, and for lists or shapes that do not match, TypeError for
+    integers and for mixed types."""
     _check_pairs(x, y, distance, delta)
-    if distance == "cosine": return torch.stack([_cosine(a.flatten(), b.flatten()) for a, b in zip(_accurate(x), _accurate(y))])
+    if distance == "cosine":
+        return torch.stack([_cosine(a.flatten(), b.flatten()) for a, b in zip(_accurate(x), _accurate(y))])
     if distance != "group": return _pair_sums(distance, delta, x, y)
     squares = _pair_sums("squared_l2", delta, x, y)
     apart = squares > 0
@@ -145,11 +152,17 @@ def _cosine(a, b):
 
 
 def _check_pairs(x, y, distance, delta):
-    if distance not in DISTANCES: raise ValueError(f"distance: one of {DISTANCES} is expected, got {distance!r}")
+    "Raise at what `pair_distances` cannot compare."
+    if distance not in DISTANCES:
+        raise ValueError(f"distance: one of {DISTANCES} is expected, got {distance!r}")
     if not delta > 0: raise ValueError(f"delta: a number above 0 is expected, got {delta!r}")
-    if len(x) != len(y) or len(x) == 0: raise ValueError(f"x, y: lists of one length above 0 are expected, got {len(x)} and {len(y)}")
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"x, y: lists of one length above 0 are expected, got {len(x)} and {len(y)}")
     for i, (a, b) in enumerate(zip(x, y)):
-        if a.shape != b.shape: raise ValueError(f"x[{i}] has shape {tuple(a.shape)}, y[{i}] has shape {tuple(b.shape)}")
+        if a.shape != b.shape:
+            raise ValueError(f"x[{i}] has shape {tuple(a.shape)}, y[{i}] has shape {tuple(b.shape)}")
+        if not a.is_floating_point() or a.dtype != b.dtype:
+            raise TypeError(f"x[{i}] is {a.dtype}, y[{i}] is {b.dtype}; one floating point type is expected")
 
 # %% ../nbs/04_distances.ipynb #d9e40a5f
 def can_add_slopes(
@@ -157,9 +170,9 @@ def can_add_slopes(
     y: Sequence[Tensor],  # the same
     distance: str,  # one of `DISTANCES`
 ) -> bool:
-    "Can `add_slopes_` walk these pairs: plain contiguous CPU tensors, and a distance that is a sum over elements?"
+    "Can `add_slopes_` walk these pairs: contiguous CPU tensors, a distance that is a sum over elements?"
     grads = [t.grad for t in (*x, *y) if t.requires_grad and t.grad is not None]
-    return distance in ("squared_l2", "l1", "huber") and all(map(_is_plain_cpu, (*x, *y, *grads)))
+    return distance in DISTANCES[:3] and all(map(_is_plain_cpu, (*x, *y, *grads)))
 
 
 @torch.no_grad()
@@ -170,9 +183,13 @@ def add_slopes_(
     distance: str = "squared_l2",  # "squared_l2", "l1" or "huber"
     delta: float = 1.0,  # for "huber", in units of the weights
 ) -> Tensor:  # (pairs,) the distances, without the factors
-    "Add the slope of factor·distance to the `.grad` of every tensor that is trained, in one pass over memory."
+    """Add the slope of factor·distance to the `.grad` of every tensor that is trained, in one pass.
+
+    Raises as `pair_distances` does, and ValueError where `can_add_slopes` is false."""
     _check_pairs(x, y, distance, delta)
-    if not can_add_slopes(x, y, distance): raise ValueError(f"distance {distance!r}: one pass needs 'squared_l2', 'l1' or 'huber' on contiguous CPU tensors")
+    if len(factors) != len(x): raise ValueError(f"factors: {len(x)} numbers are expected, got {len(factors)}")
+    if not can_add_slopes(x, y, distance):
+        raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous CPU tensors")
     scratch, sums = _scratch(max(x, key=torch.numel)), []
     for a, b, factor in zip(x, y, factors):
         for t in (a, b):
@@ -193,10 +210,16 @@ def shrink(
     distance: str = "squared_l2",  # "squared_l2", "l1", "huber" or "group"
     delta: float = 1.0,  # for "huber", in units of the weights
 ) -> Tensor:  # the shape of `d`
-    "The difference that minimizes ½|d' - d|² + t·distance(d') (Parikh and Boyd 2014, equation 1.1)."
-    if distance not in DISTANCES[:4]: raise ValueError(f"distance: one of {DISTANCES[:4]} has a closed form, got {distance!r}")
+    """The difference that minimizes ½|d' - d|² + t·distance(d') (Parikh and Boyd 2014, equation 1.1).
+
+    Raises ValueError for a distance without a closed form, and for `t` negative or not finite."""
+    if distance not in DISTANCES[:4]:
+        raise ValueError(f"distance: one of {DISTANCES[:4]} has a closed form, got {distance!r}")
     if not 0 <= t < float("inf"): raise ValueError(f"t: a finite number of at least 0 is expected, got {t!r}")
     if distance == "l1": return d.sign() * (d.abs() - t).clamp(min=0)
-    if distance == "huber": return torch.where(d.abs() <= delta * (1 + t), d / (1 + t), d - t * delta * d.sign())
-    if distance == "group": return d * (1 - t / torch.linalg.vector_norm(d).clamp(min=torch.finfo(d.dtype).tiny)).clamp(min=0)
+    if distance == "huber":
+        return torch.where(d.abs() <= delta * (1 + t), d / (1 + t), d - t * delta * d.sign())
+    if distance == "group":
+        length = torch.linalg.vector_norm(d).clamp(min=torch.finfo(d.dtype).tiny)
+        return d * (1 - t / length).clamp(min=0)
     return d / (1 + 2 * t)

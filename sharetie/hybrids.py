@@ -231,7 +231,7 @@ def _inverse(J, names):
 @dataclass(frozen=True, eq=False, repr=False)
 class CurveFit:
     "Constants fitted to one or more curves."
-    estimates: dict[str, Tensor]  # by constant: () where shared, (k,) where each curve has its own
+    estimates: dict[str, Tensor]  # by constant: () where shared or on one curve, (k,) where each curve has its own
     errors: dict[str, Tensor]  # their standard errors, alike
     covariance: Tensor  # (p, p), constants in the order of `table`
     deviation: float  # residual standard deviation s, in units of y, or of the noise where that was given
@@ -346,6 +346,7 @@ def fit_curves(
 
     Raises ValueError for data or names that do not fit and constants that the data do not determine, RuntimeError without convergence.
     Source: Levenberg 1944 and Marquardt 1963, by `scipy.optimize.least_squares`."""
+    one = group is None
     t, y, weight, group, labels = _points(t, y, group, noise)
     θ, shared, strength = _constants(curve, t, start, shared, strength, len(labels))
     names = list(start)
@@ -362,6 +363,6 @@ def fit_curves(
     variance = found.fun[:len(t)] @ found.fun[:len(t)] / freedom if freedom > 1e-6 else math.nan
     covariance = inverse * (variance if noise is None else 1)
     values, errors = torch.from_numpy(found.x), torch.from_numpy(np.sqrt(np.diag(covariance)))
-    shapes = {name: () if name in shared or group is None else (len(labels),) for name in names}
+    shapes = {name: () if name in shared or one else (len(labels),) for name in names}
     return CurveFit(*[{name: v[where[name]].reshape(shapes[name]) for name in names} for v in (values, errors)],
                     torch.from_numpy(covariance), math.sqrt(variance), float(freedom), noise is not None, labels)

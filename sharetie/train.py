@@ -495,6 +495,12 @@ class History(pd.DataFrame):
         return ax
 
 # %% ../nbs/01_train.ipynb #0e6db2a1
+def _splits(data, valid):
+    "Training and validation data, taken from a Dataset where `data` is one."
+    if not hasattr(data, "train"): return data, valid
+    if valid is None and len(data.valid.y): valid = data.valid
+    return data.train, valid
+
 def _bar(run, progress):
     "A progress bar over all steps, for a person who looks on."
     bar = _tqdm(progress, unit="step")
@@ -547,12 +553,6 @@ def fit(
             _save(run)
     if run.best["model"] is not None: model.load_state_dict(run.best["model"])
     return History(run.rows, index=pd.RangeIndex(1, len(run.rows) + 1, name="epoch"))
-
-def _splits(data, valid):
-    "Training and validation data, taken from a Dataset where `data` is one."
-    if not hasattr(data, "train"): return data, valid
-    if valid is None and len(data.valid.y): valid = data.valid
-    return data.train, valid
 
 # %% ../nbs/01_train.ipynb #53ef24ad
 class Comparison(pd.DataFrame):

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from sharetie.distances import DISTANCES, _plain_sums, add_slopes_, pair_distances, shrink
 
 SUMS = ("squared_l2", "l1", "huber")
-SHAPES = [(2, 3), (), (0,), (7,), (1 << 17) + 5, (600, 700)]  # empty, scalar, one and several pieces, several buckets
+SHAPES = [(2, 3), (), (0,), (7,), (1 << 20) + 5, (1100, 1000)]  # empty, scalar, one and several pieces and buckets
 
 
 def tensors(dtype=torch.float64, requires_grad=True, shapes=SHAPES):
@@ -103,6 +103,7 @@ def test_one_pass_adds_to_gradients_that_are_there():
     (lambda x: pair_distances(x, x + x), "got 1 and 2"),
     (lambda x: pair_distances(x, [torch.zeros(4)]), r"x\[0\] has shape \(3,\), y\[0\] has shape \(4,\)"),
     (lambda x: add_slopes_(x, [torch.zeros(3)], [1.0], "cosine"), "one pass needs"),
+    (lambda x: add_slopes_(x, [torch.zeros(3)], [1.0, 2.0]), "factors: 1 numbers are expected, got 2"),
     (lambda x: shrink(x[0], -1.0), "t: a finite number of at least 0 is expected, got -1.0"),
     (lambda x: shrink(x[0], 1.0, "cosine"), "has a closed form, got 'cosine'"),
 ])

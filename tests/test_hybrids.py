@@ -1,0 +1,428 @@
+"""The hybrids of chapter 05 and the curve fits: laws, limits against independent software, and bad input."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import curve_fit
+from scipy.stats import multivariate_normal
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from sharetie.data import shared_curves
+from sharetie.hybrids import GaussianClasses, Hybrid, fit_curves, fit_hybrid, tie_deviation
+
+KINDS = [("diagonal", False), ("diagonal", True), ("spherical", False), ("spherical", True)]
+
+
+def randomized(seed=0, classes=3, width=2, **options):
+    "A model with random parameters in double precision."
+    model, generator = GaussianClasses(classes, width, **options).double(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters(): p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return model
+
+
+def clouds(n=150, seed=0):
+    "Three overlapping classes of two inputs."
+    y = torch.arange(n) % 3
+    noise = torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.tensor([[0., 0.], [1.5, 0.], [0., 1.5]], dtype=torch.float64)[y] + noise, y
+
+
+def decay(t, amplitude, rate, offset):
+    return amplitude * torch.exp(-rate * t) + offset
+
+
+GUESS = dict(amplitude=1., rate=1., offset=0.)
+
+
+# The model
+
+@pytest.mark.parametrize("covariance, shared", KINDS)
+def test_log_joint_is_that_of_scipy(covariance, shared):
+    model, (x, _) = randomized(covariance=covariance, shared=shared), clouds(7)
+    variance = model.log_variance.exp().expand_as(model.mean).detach().numpy()
+    prior = model.score.softmax(-1).detach().numpy()
+    expected = [multivariate_normal(m, np.diag(v)).logpdf(x) + np.log(π) for m, v, π in zip(model.mean.detach().numpy(), variance, prior)]
+    np.testing.assert_allclose(model.log_joint(x).detach(), np.stack(expected, 1), rtol=1e-10)
+
+
+def test_evidence_and_posterior_follow_from_the_joint():
+    model, (x, _) = randomized(), clouds(7)
+    torch.testing.assert_close(model.log_evidence(x), model.log_joint(x).exp().sum(-1).log())
+    torch.testing.assert_close(model.log_posterior(x).exp().sum(-1), torch.ones(7, dtype=torch.float64))
+
+
+def test_evidence_integrates_to_one():
+    grid = torch.linspace(-30, 30, 1201, dtype=torch.float64)[:, None]
+    density = randomized(width=1).log_evidence(grid).exp()
+    assert torch.trapezoid(density, grid[:, 0]).item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("covariance, shared", KINDS)
+def test_copies_are_models_of_their_own(covariance, shared):
+    single = [randomized(seed, covariance=covariance, shared=shared) for seed in range(2)]
+    both = GaussianClasses(3, 2, covariance, shared, copies=(2,)).double()
+    with torch.no_grad():
+        for p, *parts in zip(both.parameters(), *[m.parameters() for m in single]): p.copy_(torch.stack(parts))
+    x, _ = clouds(5)
+    torch.testing.assert_close(both.log_joint(x), torch.stack([m.log_joint(x) for m in single]))
+    own = torch.stack([x, -x])
+    torch.testing.assert_close(both.log_joint(own)[1], single[1].log_joint(-x))
+
+
+def test_gradients():
+    model, (x, y) = randomized(), clouds(4)
+    names = [name for name, _ in model.named_parameters()]
+    def loss(*values): return torch.func.functional_call(model, dict(zip(names, values)), (x,))
+    model.forward = lambda x: model.log_posterior(x).gather(-1, y[:, None]).sum() + model.log_evidence(x).sum()
+    assert torch.autograd.gradcheck(loss, tuple(p.detach().clone().requires_grad_() for p in model.parameters()))
+
+
+# The tie
+
+def test_deviation_is_increasing_and_inverts():
+    alphas = np.linspace(.01, .99, 50)
+    deviations = np.array([tie_deviation(a) for a in alphas])
+    assert (np.diff(deviations) > 0).all()
+    np.testing.assert_allclose(deviations**.5 / (1 + deviations**.5), alphas)
+    assert tie_deviation(0) == 0 and tie_deviation(1) == math.inf
+
+
+@pytest.mark.parametrize("alpha, error", [(-.1, ValueError), (1.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), (1e-5, ValueError),
+                                          ("0.5", TypeError), (True, TypeError), (None, TypeError)])
+def test_bad_alpha(alpha, error):
+    with pytest.raises(error, match="alpha"): tie_deviation(alpha)
+    with pytest.raises(error, match="alpha"): Hybrid(randomized(), alpha=alpha)
+
+
+@pytest.mark.parametrize("alpha", [.2, .5, .8])
+def test_loss_is_the_sum_of_its_terms(alpha):
+    a, b, (x, y) = randomized(1), randomized(2), clouds(6)
+    hybrid = Hybrid(a, b, alpha, prior=2.)
+    expected = -a.log_posterior(x).gather(-1, y[:, None]).sum() - b.log_evidence(x).sum() - b.log_evidence(2 * x).sum()
+    expected = expected + sum((p - q).square().sum() for p, q in zip(a.parameters(), b.parameters())) / (2 * tie_deviation(alpha)**2)
+    expected = expected + sum(p.square().sum() for m in (a, b) for p in m.parameters()) / (2 * 2.**2)
+    torch.testing.assert_close(hybrid.loss(x, y, 2 * x), expected)
+
+
+def test_loss_adds_over_copies():
+    model, (x, y) = GaussianClasses(3, 2, copies=(4,)).double(), clouds(9)
+    one = Hybrid(GaussianClasses(3, 2).double(), alpha=.5)
+    torch.testing.assert_close(Hybrid(model, alpha=.5).loss(x, y, x), 4 * one.loss(x, y, x))
+
+
+def test_generative_end_is_one_module():
+    hybrid = Hybrid(randomized(), alpha=0)
+    assert hybrid.generator is hybrid.classifier and hybrid.tie is None
+    assert len(list(hybrid.parameters())) == 3
+    assert len(list(hybrid.at(.5).parameters())) == 6 and hybrid.at(.5).generator is not hybrid.generator
+    back = hybrid.at(.5).at(0)
+    assert back.generator is back.classifier
+
+
+def test_at_copies():
+    hybrid = Hybrid(randomized(1), randomized(2), alpha=.5, prior=3.)
+    other = hybrid.at(.7)
+    assert other.prior == 3. and other.alpha == .7
+    for p, q in zip(hybrid.parameters(), other.parameters()):
+        assert p is not q and torch.equal(p, q)
+    assert torch.equal(hybrid.at(0).classifier.mean, hybrid.generator.mean)
+
+
+def test_a_copied_hybrid_ties_its_own_modules():
+    hybrid = Hybrid(randomized(1), randomized(2), alpha=.5)
+    twin = copy.deepcopy(hybrid)
+    with torch.no_grad(): twin.classifier.mean.copy_(twin.generator.mean)
+    assert twin.tie() < hybrid.tie()
+
+
+def test_generative_fit_is_a_fixed_point_of_expectation_maximization():
+    (x, y), (more, _) = clouds(30), clouds(120, seed=1)
+    hybrid = Hybrid(GaussianClasses(3, 2).double(), alpha=0)
+    fitted = fit_hybrid(hybrid, (x, y), more, steps=500, tolerance=1e-8)
+    assert fitted.gradient < 1e-5
+    model = hybrid.classifier
+    share = torch.cat([nn.functional.one_hot(y, 3).double(), model.log_posterior(more).exp().detach()])
+    inputs, weight = torch.cat([x, more]), share.sum(0)
+    mean = share.T @ inputs / weight[:, None]
+    variance = share.T @ inputs.square() / weight[:, None] - mean.square()
+    torch.testing.assert_close(model.mean.detach(), mean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.log_variance.exp().detach(), variance, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.score.softmax(0).detach(), weight / weight.sum(), atol=1e-5, rtol=0)
+
+
+def test_small_alpha_nears_the_generative_end():
+    data, (more, _) = clouds(30), clouds(60, seed=1)
+    generative = Hybrid(GaussianClasses(3, 2).double(), alpha=0, prior=3.)
+    fit_hybrid(generative, data, more, steps=500, tolerance=1e-8)
+    gaps = []
+    for alpha in (.1, .2):
+        hybrid = generative.at(alpha)
+        fit_hybrid(hybrid, data, more, steps=500, tolerance=1e-6)
+        gaps.append((hybrid(data[0]) - generative(data[0])).abs().max().item())
+    assert gaps[0] < .02 and gaps[1] > 2 * gaps[0]
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_discriminative_end_is_logistic_regression_whatever_the_generator(other):
+    data = clouds()
+    hybrid = Hybrid(GaussianClasses(3, 2, "spherical", shared=True).double(), randomized(other, covariance="spherical", shared=True), alpha=1)
+    fit_hybrid(hybrid, data, -data[0], steps=500, tolerance=1e-7)
+    regression = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(*data)
+    np.testing.assert_allclose(hybrid(data[0]).exp().detach(), regression.predict_proba(data[0]), atol=1e-4)
+
+
+def test_unlabelled_inputs_do_not_reach_a_free_classifier():
+    hybrid, (x, y) = Hybrid(randomized(1), randomized(2), alpha=1), clouds(6)
+    slopes = [torch.autograd.grad(hybrid.loss(x, y, u), list(hybrid.classifier.parameters())) for u in (None, 5 * x)]
+    for a, b in zip(*slopes): torch.testing.assert_close(a, b)
+
+
+def test_any_modules_with_the_same_names():
+    class Categories(nn.Module):
+        "Independent yes-or-no inputs given the class."
+        def __init__(self):
+            super().__init__()
+            self.logits, self.score = nn.Parameter(torch.zeros(2, 4)), nn.Parameter(torch.zeros(2))
+        def joint(self, x):
+            log = nn.functional.logsigmoid
+            return x @ log(self.logits).T + (1 - x) @ log(-self.logits).T + self.score.log_softmax(0)
+        def log_posterior(self, x): return self.joint(x).log_softmax(-1)
+        def log_evidence(self, x): return self.joint(x).logsumexp(-1)
+    x = (torch.rand(40, 4, generator=torch.Generator().manual_seed(0)) < .5).float()
+    y = x[:, 0].long()
+    hybrid = Hybrid(Categories(), alpha=.8, prior=3.)
+    before = hybrid.loss(x, y).item()
+    assert fit_hybrid(hybrid, (x, y)).objective < before
+    assert (hybrid(x).argmax(-1) == y).all()
+
+
+def test_fit_reports_where_it_stopped():
+    hybrid, data = Hybrid(GaussianClasses(3, 2).double(), alpha=.5, prior=3.), clouds(30)
+    short = fit_hybrid(hybrid, data, steps=2)
+    full = fit_hybrid(hybrid, data, steps=300)
+    assert short.steps == 2 and full.objective < short.objective and full.gradient < 1e-4 < short.gradient
+    assert full.objective == pytest.approx(hybrid.loss(*data).item())
+
+
+# Bad input to hybrids
+
+@pytest.mark.parametrize("options, message", [(dict(classes=1, width=2), "at least 2"), (dict(classes=3, width=0), "got 3 and 0"),
+                                              (dict(classes=3, width=2, covariance="full"), "'full'")])
+def test_bad_model(options, message):
+    with pytest.raises(ValueError, match=message): GaussianClasses(**options)
+
+
+X, Y = clouds(6)
+
+@pytest.mark.parametrize("x, y, error, message", [
+    (X, Y + 1, ValueError, "labels from 0 to 2 are expected, got 1 to 3"),
+    (X, Y - 1, ValueError, "got -1 to 1"),
+    (X, Y.double(), TypeError, "whole-number labels"),
+    (X, Y > 0, TypeError, "whole-number labels"),
+    (X, Y[:-1], ValueError, r"shape \(5,\)"),
+    (X, Y[:, None], ValueError, r"shape \(6, 1\)"),
+    (X[:0], Y[:0], ValueError, "no labelled example")])
+def test_bad_labels_change_nothing(x, y, error, message):
+    hybrid = Hybrid(randomized(), alpha=.5)
+    before = copy.deepcopy(hybrid.state_dict())
+    with pytest.raises(error, match=message): hybrid.loss(x, y)
+    with pytest.raises(error, match=message): fit_hybrid(hybrid, (x, y))
+    for name, value in hybrid.state_dict().items(): assert torch.equal(value, before[name])
+
+
+def test_nan_inputs_change_nothing():
+    hybrid, x = Hybrid(randomized(), alpha=.5), X.clone()
+    x[2, 1] = math.nan
+    before = copy.deepcopy(hybrid.state_dict())
+    with pytest.raises(ValueError, match="nan at the start"): fit_hybrid(hybrid, (x, Y))
+    for name, value in hybrid.state_dict().items(): assert torch.equal(value, before[name])
+
+
+def test_bad_pairs():
+    a, b = randomized(1), randomized(2)
+    with pytest.raises(ValueError, match="generator"): Hybrid(a, b, alpha=0)
+    with pytest.raises(ValueError, match="generator"): Hybrid(a, a, alpha=.5)
+    with pytest.raises(TypeError, match="Linear has no log_posterior"): Hybrid(nn.Linear(2, 3))
+    with pytest.raises(TypeError, match="Linear has no log_evidence"): Hybrid(a, nn.Linear(2, 3))
+    with pytest.raises(ValueError, match="shape"): Hybrid(a, randomized(classes=4))
+    for prior in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="prior"): Hybrid(a, prior=prior)
+    with pytest.raises(TypeError, match="prior"): Hybrid(a, prior="wide")
+
+
+# Curves
+
+@pytest.fixture(scope="module")
+def curves():
+    return shared_curves(groups=4, points=12, rate=1., noise=.05, seed=1)
+
+
+def scipy_fit(t, y, **options):
+    formula = lambda t, amplitude, rate, offset: amplitude * np.exp(-rate * t) + offset
+    return curve_fit(formula, t.numpy(), y.numpy(), p0=[1, 1, 0], ftol=1e-13, xtol=1e-13, gtol=1e-13, **options)
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_single_curve_is_scipys(curves, k):
+    at = curves.group == k
+    ours = fit_curves(decay, curves.t[at], curves.y[at], start=GUESS)
+    values, covariance = scipy_fit(curves.t[at], curves.y[at])
+    np.testing.assert_allclose(ours.table["estimate"], values, rtol=1e-6)
+    np.testing.assert_allclose(ours.covariance, covariance, rtol=2e-6)
+    assert ours.freedom == pytest.approx(9)
+    assert all(v.shape == () for v in ours.estimates.values())
+
+
+def test_known_noise_is_scipys_absolute_sigma(curves):
+    at = curves.group == 0
+    noise = torch.linspace(.02, .1, int(at.sum()), dtype=torch.float64)
+    ours = fit_curves(decay, curves.t[at], curves.y[at], start=GUESS, noise=noise)
+    values, covariance = scipy_fit(curves.t[at], curves.y[at], sigma=noise.numpy(), absolute_sigma=True)
+    np.testing.assert_allclose(ours.table["estimate"], values, rtol=1e-6)
+    np.testing.assert_allclose(ours.covariance, covariance, rtol=2e-6)
+    low, high = ours.interval("rate")
+    assert (high - low).item() == pytest.approx(2 * 1.959964 * ours.errors["rate"].item(), rel=1e-6)
+
+
+def test_all_shared_is_one_curve(curves):
+    one = fit_curves(decay, curves.t, curves.y, start=GUESS)
+    all_shared = fit_curves(decay, curves.t, curves.y, curves.group, start=GUESS, shared=list(GUESS))
+    for name in GUESS: torch.testing.assert_close(all_shared.estimates[name], one.estimates[name])
+    torch.testing.assert_close(all_shared.covariance, one.covariance)
+
+
+def test_a_line_is_the_normal_equations():
+    generator = torch.Generator().manual_seed(0)
+    t, group = torch.arange(10.).repeat(3).double(), torch.arange(3).repeat_interleave(10)
+    y = 2 * t + group + torch.randn(30, generator=generator).double()
+    fit = fit_curves(lambda t, slope, level: slope * t + level, t, y, group, start=dict(slope=0., level=0.), shared="slope")
+    A = torch.cat([t[:, None], nn.functional.one_hot(group).double()], 1)
+    θ = torch.linalg.lstsq(A, y[:, None]).solution[:, 0]
+    s2 = (y - A @ θ).square().sum() / 26
+    torch.testing.assert_close(torch.cat([fit.estimates["slope"][None], fit.estimates["level"]]), θ)
+    torch.testing.assert_close(fit.covariance, s2 * torch.linalg.inv(A.T @ A))
+    assert fit.deviation == pytest.approx(s2.sqrt().item()) and fit.freedom == pytest.approx(26)
+
+
+def test_information_adds_without_noise():
+    curves = shared_curves(groups=5, noise=0., seed=3)
+    own = fit_curves(decay, curves.t, curves.y, curves.group, start=GUESS, noise=.1)
+    common = fit_curves(decay, curves.t, curves.y, curves.group, start=GUESS, noise=.1, shared="rate")
+    torch.testing.assert_close(1 / common.errors["rate"]**2, (1 / own.errors["rate"]**2).sum())
+    torch.testing.assert_close(common.estimates["amplitude"], curves.truth["amplitude"])
+
+
+def test_order_of_points_and_names_of_groups_do_not_matter(curves):
+    fit = fit_curves(decay, curves.t, curves.y, curves.group, start=GUESS, shared="rate")
+    order = torch.randperm(len(curves.t), generator=torch.Generator().manual_seed(0))
+    mixed = fit_curves(decay, curves.t[order], curves.y[order], 10 * curves.group[order] - 7, start=GUESS, shared="rate")
+    np.testing.assert_allclose(mixed.table.to_numpy(), fit.table.to_numpy(), rtol=1e-7)
+    assert mixed.groups == [-7, 3, 13, 23]
+
+
+def test_own_first_guesses(curves):
+    start = dict(GUESS, amplitude=curves.truth["amplitude"], offset=list(curves.truth["offset"]))
+    a, b = (fit_curves(decay, curves.t, curves.y, curves.group, start=s, shared="rate") for s in (GUESS, start))
+    np.testing.assert_allclose(a.table.to_numpy(), b.table.to_numpy(), rtol=1e-6)
+
+
+def test_soft_ties_run_from_own_to_shared(curves):
+    options = dict(start=GUESS)
+    own, common = (fit_curves(decay, curves.t, curves.y, curves.group, start=GUESS, shared=s) for s in ((), "rate"))
+    tied = [fit_curves(decay, curves.t, curves.y, curves.group, strength={"rate": λ}, **options) for λ in (0., .01, 1., 1e8)]
+    torch.testing.assert_close(tied[0].estimates["rate"], own.estimates["rate"])
+    torch.testing.assert_close(tied[-1].estimates["rate"], common.estimates["rate"].expand(4), rtol=1e-5, atol=0)
+    torch.testing.assert_close(tied[-1].errors["rate"], common.errors["rate"].expand(4), rtol=1e-4, atol=0)
+    spread = [t.estimates["rate"].std().item() for t in tied]
+    assert spread == sorted(spread, reverse=True)
+    freedom = [t.freedom for t in tied]
+    assert freedom == sorted(freedom) and freedom[0] == pytest.approx(own.freedom) and freedom[-1] == pytest.approx(common.freedom, abs=1e-3)
+
+
+def test_tied_optimum_has_no_slope(curves):
+    fit, λ = fit_curves(decay, curves.t, curves.y, curves.group, start=GUESS, strength={"rate": .5, "offset": .1}), dict(rate=.5, offset=.1)
+    constants = {name: v.clone().requires_grad_() for name, v in fit.estimates.items()}
+    loss = (decay(curves.t, *[c[curves.group] for c in constants.values()]) - curves.y).square().sum()
+    loss = loss + sum(λ[n] * (constants[n] - constants[n].mean()).square().sum() for n in λ)
+    loss.backward()
+    for c in constants.values(): assert c.grad.abs().max() < 1e-6
+
+
+def test_claimed_error_is_the_scatter():
+    truth = shared_curves(groups=3, noise=0., same_amplitude=True)
+    rows, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(150):
+        y = truth.y + .05 * torch.randn(truth.y.shape, generator=generator, dtype=torch.float64)
+        fit = fit_curves(decay, truth.t, y, truth.group, start=GUESS, shared="rate")
+        low, high = fit.interval("rate")
+        rows.append((fit.estimates["rate"], fit.errors["rate"], low < 1 < high))
+    rate, error, covered = torch.tensor(rows, dtype=torch.float64).T
+    assert abs(rate.std() / error.mean() - 1) < 3 / math.sqrt(2 * 149)
+    assert abs(covered.mean() - .95) < 3 * math.sqrt(.95 * .05 / 150)
+
+
+def test_table_and_repr(curves):
+    fit = fit_curves(decay, curves.t, curves.y, curves.group, start=GUESS, shared="rate")
+    assert fit.table.loc[("rate", "all"), "estimate"] == fit.estimates["rate"].item()
+    assert fit.table.loc[("offset", 3), "standard error"] == fit.errors["offset"][3].item()
+    assert "4 curves" in repr(fit) and "amplitude" in repr(fit) and "<table" in fit._repr_html_()
+    with pytest.raises(ValueError, match="'speed'"): fit.interval("speed")
+    for level in (0, 1, 95):
+        with pytest.raises(ValueError, match="level"): fit.interval("rate", level)
+
+
+# Bad input to curves
+
+T = torch.linspace(0, 3, 12, dtype=torch.float64).repeat(2)
+G = torch.arange(2).repeat_interleave(12)
+V = decay(T, 1., 1., 0.) + .01 * torch.cos(9 * T)
+BROKEN = V.clone()
+BROKEN[3] = math.nan
+
+@pytest.mark.parametrize("change, message", [
+    (dict(y=V[:-1]), r"y: shape \(23,\), but t has \(24,\)"),
+    (dict(y=V[:, None]), r"y: shape \(24, 1\)"),
+    (dict(group=G[:-1]), r"group: shape \(23,\)"),
+    (dict(y=BROKEN), "y: 1 of 24 values are NaN"),
+    (dict(t=T / 0), "t: 24 of 24 values are NaN or infinite"),
+    (dict(t=T[:0], y=V[:0], group=G[:0]), "no points"),
+    (dict(noise=0.), "noise"), (dict(noise=-1.), "noise"), (dict(noise=math.nan), "noise"), (dict(noise=torch.ones(3)), r"noise: shape \(3,\)"),
+    (dict(shared="speed"), "no constant 'speed'"), (dict(shared=("rate", "speed")), "no constant 'speed'"),
+    (dict(strength={"speed": 1.}), "no constant 'speed'"),
+    (dict(strength={"rate": -1.}), "strength of 'rate'"), (dict(strength={"rate": math.inf}), "strength of 'rate'"), (dict(strength={"rate": "big"}), "strength"),
+    (dict(strength={"rate": 1.}, shared="rate"), "shared already"),
+    (dict(start=dict(amplitude=1., rate=1.)), "start: .*do not fit"),
+    (dict(start=dict(GUESS, speed=1.)), "start: .*do not fit"),
+    (dict(start=dict(GUESS, rate=[1., 1., 1.])), "'rate' has 3 values, 2 are expected"),
+    (dict(start=dict(GUESS, rate=[1., 1.]), shared="rate"), "'rate' has 2 values, 1 are expected"),
+    (dict(start=dict(GUESS, rate=math.nan)), "start: 'rate'"),
+    (dict(start=dict(GUESS, rate=-1e4)), "not finite"),
+    (dict(t=T[:14], y=V[:14], group=G[:14]), "2 points for 3 constants"),
+    (dict(curve=lambda t, a, b: (a + b) * t, start=dict(a=1., b=2.)), "do not determine a, b"),
+    (dict(curve=lambda t, a, b: a * t + 0 * b, start=dict(a=1., b=2.)), "do not determine b"),
+    (dict(curve=lambda t, a: a * t.mean() + 0 * t, start=dict(a=1.)), "by itself"),
+    (dict(curve=lambda t, a: (a * t).sum(), start=dict(a=1.)), "24 values are expected"),
+])
+def test_bad_curves(change, message):
+    options = dict(curve=decay, t=T, y=V, group=G, start=GUESS) | change
+    with pytest.raises(ValueError, match=message): fit_curves(**options)
+
+
+@pytest.mark.parametrize("change", [dict(group=G.double()), dict(start=[1., 1., 0.]), dict(start={})])
+def test_bad_kinds(change):
+    with pytest.raises(TypeError): fit_curves(**dict(curve=decay, t=T, y=V, group=G, start=GUESS) | change)
+
+
+def test_points_for_as_many_constants():
+    t, y = T[:3], V[:3]
+    with pytest.raises(ValueError, match="leave none"): fit_curves(decay, t, y, start=GUESS)
+    exact = fit_curves(decay, t, y, start=GUESS, noise=.1)
+    torch.testing.assert_close(decay(t, *exact.estimates.values()), y)
+
+
+def test_no_convergence():
+    with pytest.raises(RuntimeError, match="no convergence in"): fit_curves(decay, T, V, G, start=GUESS, steps=2)
