@@ -7,11 +7,12 @@ __all__ = ['Member', 'TiePenalty', 'accumulate_grad_', 'proximal_', 'Anneal', 'M
 
 # %% ../nbs/04_tying.ipynb #fbc72df8
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from itertools import combinations
+from itertools import combinations, repeat
 from numbers import Real
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -43,76 +44,93 @@ def _members(model, label="", index=0):
     return found
 
 # %% ../nbs/04_tying.ipynb #db7ed86e
-def _match(names, pattern, argument):
-    "The `names` that a shell-style `pattern` matches, at least one."
-    if not isinstance(pattern, str): raise TypeError(f"{argument}: a name or pattern (str) is expected, got {pattern!r}")
+def _need(fine, argument, expected, got, error=ValueError):
+    "Raise unless `fine`."
+    if fine: return
+    got = got.__name__ if isinstance(got, type) else repr(got)
+    raise error(f"{argument}: {expected} is expected, got {got}")
+
+
+def _match(names, pattern, argument, one=False):
+    "The `names` that a shell-style `pattern` matches: at least one, or exactly one."
+    _need(isinstance(pattern, str), argument, "a name or pattern (str)", pattern, TypeError)
     names = list(names)
-    if pattern in names: return [pattern]
-    hits = [name for name in names if fnmatchcase(name, pattern)]
-    if not hits:
-        near = get_close_matches(pattern, names, n=1, cutoff=0)
-        hint = f"the nearest is {near[0]!r}" if near else "there are none"
-        raise ValueError(f"{argument}: {pattern!r} matches none of {len(names)} names; {hint}")
-    return hits
+    hits = [pattern] if pattern in names else [n for n in names if fnmatchcase(n, pattern)]
+    if len(hits) == 1 or hits and not one: return hits
+    near = get_close_matches(pattern, names, n=1, cutoff=0)
+    hint = f"the nearest is {near[0]!r}" if near else "there are none"
+    if hits: hint = f"in a tuple, one is expected, got {hits[:3]}"
+    count = len(hits) or "none"
+    raise ValueError(f"{argument}: {pattern!r} matches {count} of {len(names)} names; {hint}")
 
 # %% ../nbs/04_tying.ipynb #d44c8603
 def _between(models, members):
     "Groups of parameters across `models`: of the same name, or named one by one."
     found = [_members(model, f"models[{i}].", i) for i, model in enumerate(models)]
-    if members is None:
-        _same_names(found)
-        members = list(found[0])
+    if members is None: _same_names(found)
     groups = {}
-    for item in [members] if isinstance(members, str) else members:
-        _check_item(item)
-        if not isinstance(item, str) and len(item) != len(models):
-            raise ValueError(f"members: {item!r} names {len(item)} parameters for {len(models)} models")
-        rows = [[name] * len(models) for name in _match(found[0], item, "members")] if isinstance(item, str) else [item]
-        for row in rows:
-            names = [_match(names, name, f"members, models[{i}]")[0] for i, (names, name) in enumerate(zip(found, row))]
-            groups[names[0]] = [names_of[name] for names_of, name in zip(found, names)]
+    for item in found[0] if members is None else _items(members):
+        names = _match(found[0], item, "members") if isinstance(item, str) else ()
+        for row in [[name] * len(found) for name in names] or [item]:
+            if len(row) != len(found):
+                count = f"{len(row)} parameters for {len(found)} models"
+                raise ValueError(f"members: {item!r} names {count}")
+            group = [own[_match(own, name, f"members, models[{i}]", one=True)[0]]
+                     for i, (own, name) in enumerate(zip(found, row))]
+            _add(groups, group[0].key[1], group)
     return groups
 
 # %% ../nbs/04_tying.ipynb #ea8e43ac
-def _check_item(item):
-    "Raise unless `item` is a name or a sequence of names."
-    if not isinstance(item, (str, tuple, list)) or not item:
-        raise TypeError(f"members: names, patterns, or tuples of them are expected, got {item!r}")
+def _items(members):
+    "A list of names, patterns, and sequences of them."
+    single = isinstance(members, (str, Mapping)) or not isinstance(members, Iterable)
+    items = [members] if single else list(members)
+    for item in items:
+        fine = isinstance(item, (str, tuple, list)) and item
+        _need(fine, "members", "a name, a pattern, or a tuple of them", item, TypeError)
+    return items
+
+
+def _add(groups, label, group):
+    "Add a group under its label, unless another group has it."
+    if groups.setdefault(label, group) != group:
+        raise ValueError(f"members: two groups are called {label!r}; make a penalty for each, "
+                         "or name the groups of one model by a dictionary")
 
 
 def _same_names(found):
     "Raise unless every model has the parameter names of the first."
     for i, other in enumerate(found[1:], 1):
-        only_first, only_other = sorted(set(found[0]) - set(other)), sorted(set(other) - set(found[0]))
-        if only_first or only_other:
-            raise ValueError(f"models have different names: only models[0] has {only_first[:5]}, only models[{i}] has "
-                             f"{only_other[:5]}; name pairs with members=[(name in models[0], name in models[{i}]), …]")
+        mine, yours = sorted(found[0].keys() - other), sorted(other.keys() - found[0])
+        if mine or yours:
+            raise ValueError(f"models have different names: only models[0] has {mine[:5]}, "
+                             f"only models[{i}] has {yours[:5]}; name pairs with "
+                             f"members=[(name in models[0], name in models[{i}]), …]")
 
 # %% ../nbs/04_tying.ipynb #9c410bd7
 def _within(model, members):
-    "Groups of parameters of one `model`, each given as a pattern or a list of names and patterns."
-    found = _members(model)
-    if members is None: raise ValueError("members: which weights of the one model are tied? a list of groups is expected, got None")
-    items = [members] if isinstance(members, str) else members
-    for item in items.values() if isinstance(items, Mapping) else items: _check_item(item)
-    named = items.items() if isinstance(items, Mapping) else ((item if isinstance(item, str) else item[0], item) for item in items)
-    groups = {}
-    for label, item in named:
-        names = [name for pattern in ([item] if isinstance(item, str) else item) for name in _match(found, pattern, "members")]
-        unique = {id(found[name].tensor): found[name] for name in reversed(names)}
-        groups[label] = list(unique.values())[::-1]
+    "Groups of parameters of one `model`, each a pattern or a list of names and patterns."
+    found, groups = _members(model), {}
+    _need(members is not None, "members: which weights are tied", "a list of groups", members)
+    items = _items(members.values() if isinstance(members, Mapping) else members)
+    items = [[item] if isinstance(item, str) else item for item in items]
+    labels = members if isinstance(members, Mapping) else [item[0] for item in items]
+    for label, item in zip(labels, items):
+        unique = {}
+        for name in (name for pattern in item for name in _match(found, pattern, "members")):
+            unique.setdefault(id(found[name].tensor), found[name])
+        _add(groups, label, list(unique.values()))
     return groups
 
 # %% ../nbs/04_tying.ipynb #accd9972
-def _of_tensors(groups):
-    "Groups of bare tensors, as a list or a dictionary."
-    named = groups.items() if isinstance(groups, Mapping) else ((f"groups[{i}]", group) for i, group in enumerate(groups))
-    made = {}
-    for label, group in named:
-        if isinstance(group, Tensor) or not isinstance(group, Sequence) or not all(isinstance(t, Tensor) for t in group):
-            raise TypeError(f"{label}: a tuple of tensors is expected, got {type(group).__name__}")
-        made[label] = [Member(f"{label}[{i}]", None, tensor) for i, tensor in enumerate(group)]
-    return made
+def _of_tensors(tied):
+    "Groups of bare tensors, from a list or a dictionary."
+    if not isinstance(tied, Mapping): tied = {f"groups[{i}]": g for i, g in enumerate(tied)}
+    for label, group in tied.items():
+        fine = isinstance(group, Sequence) and all(isinstance(t, Tensor) for t in group)
+        _need(fine, label, "a tuple of tensors", type(group), TypeError)
+    return {label: [Member(f"{label}[{i}]", None, t) for i, t in enumerate(group)]
+            for label, group in tied.items()}
 
 # %% ../nbs/04_tying.ipynb #767dd722
 def _groups(tied, members):
@@ -121,173 +139,219 @@ def _groups(tied, members):
     if len(tied) > 1 and all(modules): return _between(tied, members)
     if len(tied) == 1 and modules[0]: return _within(tied[0], members)
     if len(tied) == 1 and isinstance(tied[0], (Mapping, Sequence)):
-        if members is not None: raise ValueError(f"members: names need models, and the groups are bare tensors; got {members!r}")
-        return _of_tensors(tied[0])
-    raise TypeError("TiePenalty takes two or more models, one model, or a list of groups of tensors; "
-                    f"got {', '.join(type(model).__name__ for model in tied) or 'nothing'}")
+        if members is None: return _of_tensors(tied[0])
+        raise ValueError(f"members: names need models, not bare tensors; got {members!r}")
+    got = ", ".join(type(model).__name__ for model in tied) or "nothing"
+    raise TypeError("TiePenalty takes two or more models, one model, or a list of groups of "
+                    f"tensors; got {got}")
 
 # %% ../nbs/04_tying.ipynb #9fe954c1
 def _check(label, members, map=None):
     "Raise unless the tensors of a group can be tied, the first through `map`."
-    if len(members) < 2:
-        raise ValueError(f"{label}: a tie needs two members or more, got {[m.name for m in members]}")
-    for i, member in enumerate(members):
-        if not member.tensor.is_floating_point():
-            raise TypeError(f"{label}: {member.name} is {member.tensor.dtype}; floating point weights are expected")
-        if twin := next((other for other in members[:i] if other.tensor is member.tensor), None):
-            raise ValueError(f"{label}: the same tensor is on both sides, as {twin.name} and {member.name}; it is shared already")
+    names, seen = [member.name for member in members], {}
+    if len(names) < 2:
+        raise ValueError(f"{label}: a tie needs two members or more, got {names}")
+    for name, w in [(member.name, member.tensor) for member in members]:
+        if not w.is_floating_point():
+            raise TypeError(f"{label}: {name} is {w.dtype}; floating point is expected")
+        if (twin := seen.setdefault(id(w), name)) != name:
+            raise ValueError(f"{label}: the same tensor is on both sides, as {twin} and "
+                             f"{name}; it is shared already")
     first = members[0].tensor if map is None else _mapped(label, members[0], map)
-    for member in members[1:]:
-        for what in ("device", "dtype", "shape"):
-            a, b = getattr(first, what), getattr(member.tensor, what)
-            if a == b: continue
-            if what == "shape": a, b = tuple(a), tuple(b)
-            hint = "; a map from the first to the others would tie them" if what == "shape" and map is None else ""
-            through = "" if map is None else " after its map"
-            raise ValueError(f"{label}: {members[0].name} has {what} {a}{through}, {member.name} has {what} {b}{hint}")
+    for member in members[1:]: _check_alike(label, names[0], first, member, map)
+
+
+def _check_alike(label, name, first, member, map):
+    "Raise unless a member is of the device, dtype and shape of the first."
+    through = "" if map is None else " after its map"
+    for what in ("device", "dtype", "shape"):
+        a, b = (getattr(w, what) for w in (first, member.tensor))
+        if a == b: continue
+        a, b = (tuple(v) if what == "shape" else v for v in (a, b))
+        hint = "; a map from the first to the others would tie them"
+        raise ValueError(f"{label}: {name} has {what} {a}{through}, {member.name} has "
+                         f"{what} {b}{hint if what == 'shape' and map is None else ''}")
 
 
 def _mapped(label, member, map):
     "What a group's map makes of its first member."
-    if not callable(map): raise TypeError(f"map of {label}: a function of {member.name} is expected, got {map!r}")
+    _need(callable(map), f"map of {label}", f"a function of {member.name}", map, TypeError)
     with torch.no_grad(): made = map(member.tensor)
-    if not isinstance(made, Tensor): raise TypeError(f"map of {label}: it turns {member.name} into a {type(made).__name__}; a tensor is expected")
-    return made
+    if isinstance(made, Tensor): return made
+    raise TypeError(f"map of {label}: it turns {member.name} into a {type(made).__name__}; "
+                    "a tensor is expected")
 
 # %% ../nbs/04_tying.ipynb #48ed0f49
 def _nonnegative(value, argument):
     "`value` as a float, if it is a finite number of at least 0."
     if isinstance(value, Tensor) and value.numel() == 1: value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{argument}: a number is expected, got {value!r}")
-    if not 0 <= value < math.inf: raise ValueError(f"{argument}: a finite number of at least 0 is expected, got {value!r}")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    _need(number, argument, "a number", value, TypeError)
+    _need(0 <= value < math.inf, argument, "a finite number of at least 0", value)
     return float(value)
 
 # %% ../nbs/04_tying.ipynb #dfa77933
 def _per_group(value, groups, argument, required=True):
-    "One value per group: the same for all, or by a dictionary of patterns of which the first that fits counts."
+    "One value per group: the same for all, or that of a dictionary's first pattern that fits."
     if not isinstance(value, Mapping): return {label: value for label in groups}
-    fits = {pattern: _match(groups, pattern, argument) for pattern in value}
-    missing = [label for label in groups if not any(label in labels for labels in fits.values())]
-    if required and missing: raise ValueError(f"{argument}: no pattern of {list(value)} fits {missing}; add one, such as '*'")
-    return {label: next((value[p] for p, labels in fits.items() if label in labels), None) for label in groups}
+    chosen = dict.fromkeys(groups)
+    fits = [(_match(groups, pattern, argument), own) for pattern, own in value.items()]
+    for labels, own in reversed(fits): chosen |= dict.fromkeys(labels, own)
+    missing = set(groups).difference(*(labels for labels, _ in fits))
+    if required and missing:
+        raise ValueError(f"{argument}: no pattern of {list(value)} fits {sorted(missing)}; "
+                         "add one, such as '*'")
+    return chosen
 
 # %% ../nbs/04_tying.ipynb #9655418d
 class _Groups:
     "Groups of members with a map and a strength each."
     def __init__(self, tied, members, strength, map):
         groups = _groups(tied, members)
-        if not groups: raise ValueError(f"members: nothing to tie, got {tied!r} and {members!r}")
+        if not groups: raise ValueError(f"members: nothing to tie in {tied!r} by {members!r}")
         maps = _per_group(map, groups, "map", required=False)
         for label, group in groups.items(): _check(label, group, maps[label])
-        identity = {label: tuple(id(m.tensor) for m in group) for label, group in groups.items()}
-        first = {tensors: label for label, tensors in reversed(identity.items())}  # two names of one parameter give one group
-        self.groups = {label: group for label, group in groups.items() if first[identity[label]] == label}
+        first = {}  # two names of one parameter give one group, called by the first
+        for label, group in groups.items():
+            first.setdefault(tuple(id(m.tensor) for m in group), label)
+        self.groups = {label: groups[label] for label in first.values()}
         self.maps = {label: maps[label] for label in self.groups}
+        self._models = [model for model in tied if isinstance(model, nn.Module)]
         self.strength = strength
 
     @property
-    def strength(self) -> dict[str, float]:
-        "The strength λ of each group, by name; assign a number, or a dictionary of patterns, to change it."
-        return dict(self._strength)
+    def strength(self) -> Mapping[str, float]:
+        """The strength λ by group, to read; to change it, assign a number, or one by pattern.
+
+        Raises ValueError or TypeError, as at construction, and then keeps the old strengths."""
+        return MappingProxyType(self._strength)
 
     @strength.setter
     def strength(self, value):
-        chosen = _per_group(value, self.groups, "strength")
-        self._strength = {label: _nonnegative(v, f"strength of {label}") for label, v in chosen.items()}
-        weights = [λ * self._times(label) for label, λ in self._strength.items() for _ in range(self._count(label))]
+        chosen = _per_group(value, self.groups, "strength").items()
+        self._strength = {group: _nonnegative(λ, f"strength of {group}") for group, λ in chosen}
+        plans = [(λ, *self._plan(group)) for group, λ in self._strength.items()]
+        weights = [λ * times for λ, _, count, times in plans for _ in range(count)]
         self._weights = torch.tensor(weights, dtype=torch.float64)
 
     def parameters(self) -> list[Tensor]:
         "Every tied tensor once, as it is now."
-        return list({id(m.tensor): m.tensor for group in self.groups.values() for m in group}.values())
+        return list({id(m.tensor): m.tensor for g in self.groups.values() for m in g}.values())
 
+# %% ../nbs/04_tying.ipynb #fc9819fd
+class _Compared(_Groups):
+    "Which tensors are compared in each group."
     def _tensors(self, label):
         "The tensors of a group as they are compared: the first through its map."
         first, *rest = (member.tensor for member in self.groups[label])
         return [first if self.maps[label] is None else self.maps[label](first), *rest]
 
-# %% ../nbs/04_tying.ipynb #fc9819fd
-class TiePenalty(_Groups):
-    "The penalty λ·Ω on the distance between weights that should agree (Goodfellow, Bengio and Courville 2016, section 7.9)."
-    def __init__(self,
-        *tied,  # two or more models; or one model; or groups of tensors, `[(a, b), …]` or `{"name": (a, b), …}`
-        members=None,  # two or more models: patterns, or tuples with a name per model (default: every parameter); one model: groups of patterns
-        strength=1.0,  # λ ≥ 0, or a dictionary from patterns of group names to λ
-        distance: str = "squared_l2",  # one of `DISTANCES`
-        toward: str = "pairs",  # "pairs": all pairs of a group; "mean": each member to the group's mean
-        map=None,  # function of a group's first member whose result has the others' shape, or a dictionary of patterns to such
-        delta: float = 1.0,  # where Huber's distance turns from a square into a line, in units of the weights
-    ):
-        if distance not in DISTANCES: raise ValueError(f"distance: one of {DISTANCES} is expected, got {distance!r}")
-        if toward not in ("pairs", "mean"): raise ValueError(f"toward: 'pairs' or 'mean' is expected, got {toward!r}")
-        if _nonnegative(delta, "delta") == 0: raise ValueError("delta: a number above 0 is expected, got 0")
-        self.distance, self.toward, self.delta = distance, toward, float(delta)
-        super().__init__(tied, members, strength, map)
-
-    def __call__(self) -> Tensor:  # scalar, the sum of λ·Ω over the groups, float32 (float64 for float64 weights)
-        "The penalty, to be added to a loss."
-        distances = pair_distances(*self._lists(self.groups), self.distance, self.delta)
-        return torch.dot(distances, self._weights.to(distances))
-
-    def distances(self) -> dict[str, float]:
-        "How far the members of each group are apart now: Ω by group, without λ."
-        with torch.no_grad():
-            return {label: self._times(label) * pair_distances(*self._lists([label]), self.distance, self.delta).sum().item()
-                    for label in self.groups}
-
-    def __repr__(self):
-        rows = [f"  {label}: {len(group)} × {tuple(group[-1].tensor.shape)}, λ = {self._strength[label]:g}" for label, group in self.groups.items()]
-        return "\n".join([f"TiePenalty({self.distance}, {self.toward}, {len(rows)} groups)", *rows[:20], *["  …"][:len(rows) > 20]])
-
-    def _to_mean(self, size):
-        "Are `size` members compared with their mean? Squares of all pairs are too, by the identity above."
-        return self.toward == "mean" or (self.distance == "squared_l2" and size > 2)
-
-    def _count(self, label):
-        "How many distances a group has."
+    def _plan(self, label):
+        "Is the mean compared with, how many distances are there, how often does each count?"
         size = len(self.groups[label])
-        return size if self._to_mean(size) else size * (size - 1) // 2
-
-    def _times(self, label):
-        "How often each of them counts."
-        size = len(self.groups[label])
-        return size if self._to_mean(size) and self.toward == "pairs" else 1
+        if self.toward == "mean": return True, size, 1
+        if self.distance == "squared_l2" and size > 2: return True, size, size  # eq-tying-pairs
+        return False, size * (size - 1) // 2, 1
 
     def _lists(self, labels):
         "Lists x and y of the tensors that are compared in the groups `labels`."
         pairs = []
-        for tensors in map(self._tensors, labels):
-            if self._to_mean(len(tensors)): pairs += zip(tensors, [sum(tensors) / len(tensors)] * len(tensors))
+        for label in labels:
+            tensors = self._tensors(label)
+            if self._plan(label)[0]:
+                tensors = _accurate(tensors)
+                pairs += zip(tensors, repeat(sum(tensors) / len(tensors)))
             else: pairs += combinations(tensors, 2)
         return [x for x, _ in pairs], [y for _, y in pairs]
+
+    def _distances(self, labels):
+        "The distances of the groups `labels`: shape (pairs,)."
+        return pair_distances(*self._lists(labels), self.distance, self.delta)
+
+
+def _accurate(tensors):
+    "Tensors of half precision as float32, in which their mean keeps its digits."
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+# %% ../nbs/04_tying.ipynb #e2db39f6
+class TiePenalty(_Compared):
+    """The penalty λ·Ω on the distance between weights that should agree.
+
+    Raises ValueError or TypeError, when made, for members that cannot be tied and bad options.
+    Source: Goodfellow, Bengio and Courville 2016, section 7.9."""
+    def __init__(self,
+        *tied,  # models, one model, or groups of tensors: `[(a, b), …]`, `{"name": (a, b), …}`
+        # of models: patterns, or tuples with a name per model (default: every parameter);
+        # of one model: groups of patterns, as a list or by name
+        members=None,
+        strength=1.0,  # λ ≥ 0, or a dictionary from patterns of group names to λ
+        distance: str = "squared_l2",  # one of `DISTANCES`
+        toward: str = "pairs",  # "pairs": all pairs of a group; "mean": each member to the mean
+        map=None,  # function of a group's first member to the others' shape, or such by pattern
+        delta: float = 1.0,  # where Huber's square turns into a line, in units of the weights
+    ):
+        _need(distance in DISTANCES, "distance", f"one of {DISTANCES}", distance)
+        _need(toward in ("pairs", "mean"), "toward", "'pairs' or 'mean'", toward)
+        _need(_nonnegative(delta, "delta") > 0, "delta", "a number above 0", delta)
+        self.distance, self.toward, self.delta = distance, toward, float(delta)
+        super().__init__(tied, members, strength, map)
+
+    def __call__(self) -> Tensor:  # scalar, float32 (float64 for float64 weights)
+        "The penalty, the sum of λ·Ω over the groups, to be added to a loss."
+        distances = self._distances(self.groups)
+        return torch.dot(distances, self._weights.to(distances))
+
+    @torch.no_grad()
+    def distances(self) -> dict[str, float]:
+        "How far the members of each group are apart now: Ω by group, without λ."
+        return {g: self._plan(g)[2] * self._distances([g]).sum().item() for g in self.groups}
+
+    def __repr__(self):
+        rows = [f"  {label}: {len(group)} × {tuple(group[-1].tensor.shape)}, λ = {λ:g}"
+                for (label, group), λ in zip(self.groups.items(), self._strength.values())]
+        head = f"TiePenalty({self.distance}, {self.toward}, {len(rows)} groups)"
+        return "\n".join([head, *rows[:20], *["  …"][:len(rows) > 20]])
 
 # %% ../nbs/04_tying.ipynb #924cdf83
 def accumulate_grad_(
     penalty: TiePenalty,  # the penalty whose members' `.grad` is added to
-    scale: float = 1.0,  # factor of the gradient, such as that of a gradient scaler
+    scale: float = 1.0,  # ≥ 0, factor of the gradient, such as that of a gradient scaler
 ) -> Tensor:  # scalar, the penalty itself, detached and without `scale`
-    "Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`."
-    scale = _nonnegative(scale, "scale")
-    moving = [t for t in penalty.parameters() if t.requires_grad]
-    if not all(t.is_leaf for t in moving): raise ValueError("accumulate_grad_: members are expected to be leaves of the graph, such as Parameters")
+    """Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`.
+
+    Raises ValueError for a scale below 0 or not finite, and for members that are no leaves.
+    Source: the gradient of Goodfellow, Bengio and Courville 2016, section 7.9."""
+    scale, moving = _nonnegative(scale, "scale"), _moving(penalty, "accumulate_grad_")
     x, y = penalty._lists(penalty.groups)
-    direct = {id(t) for t in (*x, *y)} <= {id(t) for t in penalty.parameters()}  # no map and no mean in between
+    own = {id(t) for t in penalty.parameters()}
+    direct = own.issuperset(id(t) for t in (*x, *y))  # no map and no mean in between
     if direct and can_add_slopes(x, y, penalty.distance):
-        distances = add_slopes_(x, y, (scale * penalty._weights).tolist(), penalty.distance, penalty.delta)
+        factors = (scale * penalty._weights).tolist()
+        distances = add_slopes_(x, y, factors, penalty.distance, penalty.delta)
         return torch.dot(distances, penalty._weights.to(distances))
     with torch.enable_grad(): value = penalty()
     for t, grad in zip(moving, torch.autograd.grad(value * scale, moving) if moving else ()):
         t.grad = grad if t.grad is None else t.grad.add_(grad)
     return value.detach()
 
+
+def _moving(penalty, who):
+    "The members that are trained, all of them leaves of the graph."
+    moving = [t for t in penalty.parameters() if t.requires_grad]
+    fine = all(t.is_leaf for t in moving)
+    _need(fine, who, "a group of leaves of the graph, such as Parameters,", "computed tensors")
+    return moving
+
 # %% ../nbs/04_tying.ipynb #ac35dd02
 @torch.no_grad()
 def proximal_(
-    penalty: TiePenalty,  # the tie; distance "squared_l2", or groups of two with "l1", "huber" or "group"
-    step_size: float,  # η ≥ 0, most often the learning rate of the optimizer's step that went before
+    penalty: TiePenalty,  # with "squared_l2", or groups of two with "l1", "huber" or "group"
+    step_size: float,  # η ≥ 0, most often the learning rate of the optimizer's last step
 ):
-    "Decoupled tying: move the members to the minimum of η·λΩ plus half their squared way (Parikh and Boyd 2014, equation 1.1)."
+    """Decoupled tying: move the members to the minimum of η·λΩ plus half their squared way.
+
+    Raises ValueError, before anything moves, for a bad step size and without a closed form.
+    Source: Parikh and Boyd 2014, equation 1.1; decoupling as in Loshchilov and Hutter 2019."""
     step_size = _nonnegative(step_size, "step_size")
     _check_proximal(penalty)
     for label, strength in penalty.strength.items():
@@ -295,20 +359,36 @@ def proximal_(
         if len(tensors) == 2: _pull_pair_(penalty, tensors, step_size * strength)
         else:
             mean = sum(tensors) / len(tensors)
-            pull = 1 - 1 / (1 + 2 * step_size * strength * penalty._times(label))
+            pull = 1 - 1 / (1 + 2 * step_size * strength * penalty._plan(label)[2])
             torch._foreach_lerp_(tensors, [mean] * len(tensors), pull)
 
-
+# %% ../nbs/04_tying.ipynb #a5a56339
 def _check_proximal(penalty):
     "Raise unless every group has its closed form."
-    if penalty.distance == "cosine": raise ValueError("distance: 'cosine' has no closed proximal step; add the penalty to the loss instead")
+    instead = "; add the penalty to the loss instead"
+    if penalty.distance == "cosine":
+        raise ValueError(f"distance: 'cosine' has no closed proximal step{instead}")
+    _moving(penalty, "proximal_")
+    _check_apart(penalty, instead)
     for label, group in penalty.groups.items():
-        if penalty.maps[label] is not None: raise ValueError(f"map of {label}: no closed proximal step through a map; add the penalty to the loss instead")
-        if len(group) > 2 and penalty.distance != "squared_l2":
-            raise ValueError(f"{label}: {len(group)} members and distance {penalty.distance!r}: the closed step needs two members, or 'squared_l2'")
-        if len(group) > 2 and not all(m.tensor.requires_grad for m in group):
-            raise ValueError(f"{label}: {[m.name for m in group if not m.tensor.requires_grad]} are frozen: the closed step for "
-                             f"{len(group)} members moves all of them")
+        if penalty.maps[label] is not None:
+            raise ValueError(f"map of {label}: no closed proximal step through a map{instead}")
+        if (size := len(group)) == 2: continue
+        if penalty.distance != "squared_l2":
+            raise ValueError(f"{label}: {size} members and distance {penalty.distance!r}: "
+                             "the closed step needs two members, or 'squared_l2'")
+        if frozen := [m.name for m in group if not m.tensor.requires_grad]:
+            raise ValueError(f"{label}: {frozen} are frozen: the closed step for {size} "
+                             "members moves all of them")
+
+
+def _check_apart(penalty, hint):
+    "Raise where a tensor is in two groups."
+    seen = {}
+    groups = penalty.groups.items()
+    for label, name, w in [(label, m.name, m.tensor) for label, group in groups for m in group]:
+        if (other := seen.setdefault(id(w), label)) != label:
+            raise ValueError(f"{label}: {name} is in the group {other!r} too{hint}")
 
 
 def _pull_pair_(penalty, tensors, strength):
@@ -317,51 +397,61 @@ def _pull_pair_(penalty, tensors, strength):
     moving = [w for w in tensors if w.requires_grad]
     d, delta = x - y, penalty.delta
     t = strength * len(moving)
-    if penalty.toward == "mean":  # a pair's two halves: the square and Huber's distance halve, the others stay
+    if penalty.toward == "mean":  # two half ways: square and Huber halve, the others stay
         t, delta = t * {"squared_l2": .5, "huber": .5}.get(penalty.distance, 1), 2 * delta
     way = (d - shrink(d, t, penalty.distance, delta)) / max(len(moving), 1)
     if x.requires_grad: x.sub_(way)
     if y.requires_grad: y.add_(way)
 
 # %% ../nbs/04_tying.ipynb #63aca94a
+def _factor(start, end, shape):
+    "The factor as a function of the part of the way that is done, u from 0 to 1."
+    shapes = {"geometric": lambda u: start ** (1 - u) * end ** u,
+              "linear": lambda u: start + u * (end - start),
+              "cosine": lambda u: end + (start - end) * (1 + math.cos(math.pi * u)) / 2}
+    _need(shape in tuple(shapes), "shape", f"one of {tuple(shapes)}", shape)
+    start, end = ends = _nonnegative(start, "start"), _nonnegative(end, "end")
+    fine = shape != "geometric" or min(ends) > 0
+    _need(fine, "start, end", "for 'geometric' a pair of numbers above 0", ends)
+    return shapes[shape]
+
+# %% ../nbs/04_tying.ipynb #a415c8b1
 class Anneal:
-    "Schedule for the strength of a `TiePenalty`: every group's λ times a factor that goes from `start` to `end`."
+    """Schedule for a `TiePenalty`: every group's λ times a factor from `start` to `end`.
+
+    Raises ValueError or TypeError for an unknown shape and for numbers out of range.
+    Source: "cosine" is Loshchilov and Hutter 2017 (SGDR), equation 5."""
     def __init__(self,
         penalty: TiePenalty,  # its strengths at this moment are what the factor multiplies
-        start: float,  # factor before the first step; above 0 for "geometric"
-        end: float,  # factor after `steps` steps and from then on; above 0 for "geometric"
+        start: float,  # factor before the first step; ≥ 0, above 0 for "geometric"
+        end: float,  # factor after `steps` steps and from then on; ≥ 0, above 0 for "geometric"
         steps: int,  # how many calls of `step` it takes
         shape: str = "geometric",  # "geometric", "linear" or "cosine"
     ):
-        shapes = {"geometric": lambda u: start ** (1 - u) * end ** u, "linear": lambda u: start + u * (end - start),
-                  "cosine": lambda u: end + (start - end) * (1 + math.cos(math.pi * u)) / 2}
-        if shape not in shapes: raise ValueError(f"shape: one of {tuple(shapes)} is expected, got {shape!r}")
-        start, end = _nonnegative(start, "start"), _nonnegative(end, "end")
-        if shape == "geometric" and not start * end: raise ValueError(f"start, end: numbers above 0 are expected for 'geometric', got {start} and {end}")
-        if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps: a whole number of at least 1 is expected, got {steps!r}")
-        self.penalty, self.steps, self.factor = penalty, steps, shapes[shape]
-        self.base, self.done = penalty.strength, 0
-        self._set()
+        factor = _factor(start, end, shape)
+        _need(type(steps) is int and steps > 0, "steps", "a whole number of at least 1", steps)
+        self.penalty, self.steps, self.factor = penalty, steps, factor
+        self._set(dict(penalty.strength), 0)
 
     def step(self, *_):
         "Go one step; arguments are ignored, so that it can be a callback."
-        self.done += 1
-        self._set()
+        self._set(self.base, self.done + 1)
 
-    def _set(self):
-        factor = self.factor(min(self.done / self.steps, 1))
-        self.penalty.strength = {label: factor * base for label, base in self.base.items()}
+    def _set(self, base, done):
+        "Set the strengths to those after `done` steps."
+        factor = self.factor(min(done / self.steps, 1))
+        self.penalty.strength = {label: factor * λ for label, λ in base.items()}
+        self.base, self.done = base, done
 
     def state_dict(self) -> dict:
         "Where the schedule is, for a checkpoint."
         return {"base": self.base, "done": self.done}
 
     def load_state_dict(self, state: dict):
-        "Go on from `state_dict`."
-        if set(state.get("base", ())) != set(self.base):
-            raise ValueError(f"state: groups {list(self.base)} are expected, got {list(state.get('base', ()))}")
-        self.base, self.done = dict(state["base"]), int(state["done"])
-        self._set()
+        "Go on from `state_dict`; raises ValueError, before anything changes, for other groups."
+        groups, got = list(self.base), list(state.get("base", ()))
+        _need(set(got) == set(groups), "state", f"one of the groups {groups}", got)
+        self._set(dict(state["base"]), int(state["done"]))
 
 # %% ../nbs/04_tying.ipynb #47477b9f
 class Moved(NamedTuple):
@@ -373,56 +463,87 @@ class Moved(NamedTuple):
 # %% ../nbs/04_tying.ipynb #97ab90a0
 @torch.no_grad()
 def harden_(
-    penalty: TiePenalty,  # whose groups become shared; all of them members of modules, none with a map
+    penalty: TiePenalty,  # whose groups become shared; members of modules, none with a map
     to: str = "mean",  # value of the shared weight: "mean", "first" or "fisher"
-    fisher: Sequence[Mapping[str, Tensor]] | None = None,  # for "fisher": per model the diagonal by parameter name, from `fisher_diagonal`
+    # for "fisher": per model the diagonal by parameter name, from `fisher_diagonal`
+    fisher: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> list[Moved]:  # one entry per member, in the order of the groups
-    "Make the members of every group one Parameter, the first member's; make the optimizer anew afterwards."
-    if to not in ("mean", "first", "fisher"): raise ValueError(f"to: 'mean', 'first' or 'fisher' is expected, got {to!r}")
-    if (fisher is None) == (to == "fisher"): raise ValueError(f"fisher: given with to='fisher' and only then; got to={to!r}, fisher={type(fisher).__name__}")
-    for label, group in penalty.groups.items():
-        if penalty.maps[label] is not None: raise ValueError(f"map of {label}: members of different shapes cannot be one Parameter")
-        if bare := [m.name for m in group if m.owner is None]: raise ValueError(f"{label}: {bare} are bare tensors; only members of modules can be made one")
-    values = {label: _shared_value(label, group, to, fisher) for label, group in penalty.groups.items()}
-    report = []
-    for label, group in penalty.groups.items():
+    """Make the members of every group one Parameter, the first; make the optimizer anew after.
+
+    Raises ValueError, before anything changes, for members that cannot be one and bad options.
+    Source: "fisher" is Matena and Raffel 2022, with equal weights for the models."""
+    _check_hardens(penalty, to, fisher)
+    groups = penalty.groups.items()
+    values = {label: _shared_value(group, to, fisher) for label, group in groups}
+    report, new = [], {}
+    for label, group in groups:
         before = [m.tensor for m in group]
         for member, old in zip(group, before):
-            moved = (values[label] - old).norm().item()
-            report.append(Moved(member.name, moved, moved / max(old.norm().item(), torch.finfo(old.dtype).tiny)))
+            way = (values[label] - old).norm().item()
+            length = max(old.norm().item(), torch.finfo(old.dtype).tiny)
+            report.append(Moved(member.name, way, way / length))
         before[0].copy_(values[label]).requires_grad_(any(w.requires_grad for w in before))
-        for member in group[1:]: setattr(member.owner, member.attribute, before[0])
+        new |= {id(old): before[0] for old in before[1:]}
+    for module in (module for model in penalty._models for module in model.modules()):
+        for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(old) in new: setattr(module, name, new[id(old)])  # under all of its names
     return report
 
+# %% ../nbs/04_tying.ipynb #792383e9
+def _check_hardens(penalty, to, fisher):
+    "Raise unless the members of every group can become one."
+    _need(to in ("mean", "first", "fisher"), "to", "'mean', 'first' or 'fisher'", to)
+    if (fisher is None) == (to == "fisher"):
+        raise ValueError("fisher: given with to='fisher' and only then; "
+                         f"got to={to!r}, fisher={type(fisher).__name__}")
+    fine = fisher is None or isinstance(fisher, Sequence)
+    _need(fine, "fisher", "a list of one dictionary per model", type(fisher))
+    _check_apart(penalty, "; put its members into one group")
+    for label, group in penalty.groups.items():
+        if penalty.maps[label] is not None:
+            raise ValueError(f"map of {label}: members of different shapes cannot become one")
+        if bare := [m.name for m in group if m.owner is None or type(m.tensor) is Tensor]:
+            raise ValueError(f"{label}: {bare} are bare tensors or computed ones; "
+                             "only Parameters of modules can be made one")
 
-def _shared_value(label, group, to, fisher):
+# %% ../nbs/04_tying.ipynb #cdd3535f
+def _shared_value(group, to, fisher):
     "What the weights of a group become."
     weights = [m.tensor for m in group]
     if to == "first": return weights[0].clone()
-    if to == "mean": return sum(weights) / len(weights)
-    importance = [_importance(label, m, fisher) for m in group]
-    total = sum(importance)
-    return torch.where(total > 0, sum(f * w for f, w in zip(importance, weights)) / torch.where(total > 0, total, 1), sum(weights) / len(weights))
+    mean = sum(weights) / len(weights)
+    if to == "mean": return mean
+    importance = [_importance(m, fisher) for m in group]
+    total, voted = sum(importance), sum(f * w for f, w in zip(importance, weights))
+    return torch.where(total > 0, voted / torch.where(total > 0, total, 1), mean)
 
 
-def _importance(label, member, fisher):
+def _importance(member, fisher):
     "The Fisher diagonal of one member, checked."
-    index, name = member.key
-    if index >= len(fisher): raise ValueError(f"fisher: one dictionary per model is expected, got {len(fisher)}; {label} has models[{index}]")
-    if name not in fisher[index]: raise ValueError(f"fisher: models[{index}] has no entry {name!r}; it has {list(fisher[index])[:5]}")
+    (index, name), shape = member.key, tuple(member.tensor.shape)
+    _need(index < len(fisher), "fisher", f"a dictionary for models[{index}] too", len(fisher))
+    if name not in fisher[index]:
+        raise ValueError(f"fisher: models[{index}] has no entry {name!r}; "
+                         f"it has {list(fisher[index])[:5]}")
     value = fisher[index][name]
-    if value.shape != member.tensor.shape or not (value >= 0).all():
-        raise ValueError(f"fisher of {member.name}: finite numbers of at least 0 of shape {tuple(member.tensor.shape)} are expected, got shape {tuple(value.shape)}")
+    _need(value.shape == shape, f"fisher of {member.name}", f"a tensor of shape {shape}",
+          tuple(value.shape))
+    fine = (value >= 0).all() and value.isfinite().all()
+    _need(fine, f"fisher of {member.name}", "a tensor of finite numbers of at least 0", value)
     return value
 
 # %% ../nbs/04_tying.ipynb #08eec957
 def fisher_diagonal(
-    model: nn.Module,  # classifier from x to logits (b, classes)
+    model: nn.Module,  # classifier from x to logits (b, classes), best in evaluation mode
     x: Tensor,  # inputs (n, …)
     chunk: int = 64,  # examples at a time; memory is chunk × classes × parameters
 ) -> dict[str, Tensor]:  # by parameter name, of the parameter's shape
-    "Diagonal of the Fisher information of p(c|x) over the model's own labels (Matena and Raffel 2022, equation 3)."
-    if len(x) == 0: raise ValueError("x: at least one example is expected, got none")
+    """Diagonal of the Fisher information of p(c|x) over the model's own labels.
+
+    Raises ValueError for no examples, and for a chunk below 1.
+    Source: Matena and Raffel 2022, equation 3."""
+    _need(len(x) > 0, "x", "at least one example", x)
+    _need(type(chunk) is int and chunk > 0, "chunk", "a whole number of at least 1", chunk)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def log_likelihoods(p, example):
@@ -431,7 +552,7 @@ def fisher_diagonal(
     def squares(example):
         weight = log_likelihoods(parameters, example).exp()
         scores = torch.func.jacrev(log_likelihoods)(parameters, example)
-        return {name: torch.tensordot(weight, score.square(), 1) for name, score in scores.items()}
+        return {name: torch.tensordot(weight, s.square(), 1) for name, s in scores.items()}
 
     parts = [torch.func.vmap(squares)(part) for part in x.split(chunk)]
     return {name: sum(part[name].sum(0) for part in parts) / len(x) for name in parameters}

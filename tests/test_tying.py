@@ -155,6 +155,16 @@ def test_accumulating_through_a_map_and_with_a_frozen_side():
     assert b.grad is None
 
 
+def test_the_mean_of_half_precision_keeps_its_digits():
+    w = [nn.Parameter(torch.tensor([v], dtype=torch.bfloat16)) for v in (1, 1, 1 + 2 ** -7)]
+    tie = TiePenalty([w])
+    value = tie()
+    value.backward()
+    assert value.item() == pytest.approx(2 * 2 ** -14, rel=1e-6)
+    assert [p.grad.item() for p in w] == pytest.approx([-2 ** -6, -2 ** -6, 2 ** -5], rel=1e-2)
+    assert accumulate_grad_(tie).item() == value.item()
+
+
 # Proximal steps
 
 def assert_minimum(tie, start, step_size):
@@ -218,6 +228,17 @@ def test_refused_proximal_steps_move_nothing():
     assert all(torch.equal(x, y) for x, y in zip(before, state(*models)))
 
 
+@pytest.mark.parametrize("distance", ["squared_l2", "l1"])
+def test_proximal_steps_refuse_tensors_in_two_groups_and_views(distance):
+    a, b, c = (nn.Parameter(torch.tensor([v])) for v in (0.0, 3.0, 9.0))
+    with pytest.raises(ValueError, match=r"groups\[1\]\[0\] is in the group 'groups\[0\]' too"):
+        proximal_(TiePenalty([(a, b), (b, c)], distance=distance), 0.5)
+    w = nn.Parameter(torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
+    with pytest.raises(ValueError, match="proximal_: a group of leaves"):
+        proximal_(TiePenalty([(w, w.T)], distance=distance), 0.25)
+    assert [a.item(), b.item(), c.item()] == [0, 3, 9] and w.tolist() == [[0, 4], [0, 0]]
+
+
 # Schedules
 
 @pytest.mark.parametrize("shape, middle", [("geometric", 1.0), ("linear", 5.05), ("cosine", 5.05)])
@@ -237,12 +258,14 @@ def test_a_schedule_goes_on_from_its_state():
     for _ in range(3): first.step()
     second.load_state_dict(first.state_dict())
     assert ties[0].strength == ties[1].strength == {"groups[0]": 8.0}
-    with pytest.raises(ValueError, match="groups"): second.load_state_dict({"base": {"other": 1.0}, "done": 1})
+    for bad in ({"other": 1.0}, {"groups[0]": -1.0}):
+        with pytest.raises(ValueError, match="groups"): second.load_state_dict({"base": bad, "done": 1})
+    assert second.state_dict() == first.state_dict() and ties[1].strength == {"groups[0]": 8.0}
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(start=0, end=1, steps=3), "numbers above 0"), (dict(start=-1, end=1, steps=3), "start"), (dict(start=1, end=math.inf, steps=3), "end"),
-    (dict(start=1, end=2, steps=0), "steps"), (dict(start=1, end=2, steps=1.5), "steps"), (dict(start=1, end=2, steps=3, shape="square"), "shape"),
+    (dict(start=1, end=2, steps=0), "steps"), (dict(start=1, end=2, steps=1.5), "steps"), (dict(start=1, end=2, steps=True), "steps"), (dict(start=1, end=2, steps=3, shape="square"), "shape"),
 ])
 def test_bad_schedules_leave_the_strength(options, message):
     tie = TiePenalty([(torch.ones(1), torch.zeros(1))], strength=2.0)
@@ -275,6 +298,32 @@ def test_harden_to_the_first_within_one_model():
     assert report[0].distance == 0 and report[1].distance > 0
 
 
+def test_harden_replaces_every_name_of_a_weight():
+    def tied():
+        model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+        model["head"].weight = model["embed"].weight
+        return model
+    for members in (None, "embed.weight"):
+        a, b = tied(), tied()
+        harden_(TiePenalty(a, b, members=members))
+        assert len({id(m[name].weight) for m in (a, b) for name in m}) == 1
+
+
+def test_harden_follows_the_order_of_the_names():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    kept, old = model[1].weight, model[1].weight.detach().clone()
+    harden_(TiePenalty(model, members=[["1.weight", "*.weight"]]), to="first")
+    assert all(layer.weight is kept for layer in model) and torch.equal(kept, old)
+
+
+def test_harden_refuses_a_weight_in_two_groups():
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    tie = TiePenalty(model, members=[["0.weight", "1.weight"], ["1.weight", "2.weight"]])
+    before = state(model)
+    with pytest.raises(ValueError, match="1.weight is in the group '0.weight' too"): harden_(tie)
+    assert all(torch.equal(x, y) for x, y in zip(before, state(model)))
+
+
 def test_harden_by_fisher_is_the_weighted_mean_and_the_mean_where_nobody_cares():
     a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     with torch.no_grad():
@@ -291,6 +340,9 @@ def test_harden_by_fisher_is_the_weighted_mean_and_the_mean_where_nobody_cares()
     (lambda tie: harden_(tie, fisher=[{}, {}]), "fisher: given with"),
     (lambda tie: harden_(tie, to="fisher", fisher=[{}]), "has no entry '0.weight'"),
     (lambda tie: harden_(tie, to="fisher", fisher=[{n: torch.ones(1) for n in ("0.weight", "0.bias", "2.weight", "2.bias")}] * 2), "of shape"),
+    (lambda tie: harden_(tie, to="fisher", fisher={"0.weight": torch.ones(5, 4)}), "one dictionary per model"),
+    (lambda tie: harden_(tie, to="fisher", fisher=[{n: torch.full_like(p, math.inf) for n, p in mlp().named_parameters()}] * 2), "finite numbers"),
+    (lambda tie: harden_(tie, to="fisher", fisher=[{n: p.detach().square() for n, p in mlp().named_parameters()}]), r"a dictionary for models\[1\]"),
     (lambda tie: harden_(TiePenalty([(torch.ones(1), torch.zeros(1))])), "bare tensors"),
 ])
 def test_refused_hardening_changes_nothing(call, message):
@@ -316,6 +368,12 @@ def test_fisher_diagonal_equals_the_loop_over_examples_and_labels():
                 expected[name] += log_p.exp().detach() * grad ** 2 / len(x)
     for chunk in (2, 64):
         for name, value in fisher_diagonal(model, x, chunk).items(): torch.testing.assert_close(value, expected[name])
+
+
+def test_fisher_diagonal_refuses_no_examples_and_no_chunk():
+    with pytest.raises(ValueError, match="x: at least one"): fisher_diagonal(mlp(), torch.zeros(0, 4))
+    for chunk in (0, 1.5):
+        with pytest.raises(ValueError, match="chunk: a whole number"): fisher_diagonal(mlp(), torch.zeros(2, 4), chunk)
 
 
 # What it refuses at construction
@@ -346,6 +404,11 @@ SAME = nn.Parameter(torch.zeros(2))
     (lambda: TiePenalty(mlp(), mlp(), members=[]), ValueError, "nothing to tie"),
     (lambda: TiePenalty(mlp(), mlp(), members=[("0.weight",)]), ValueError, "names 1 parameters for 2 models"),
     (lambda: TiePenalty(mlp(), mlp(), members=[3]), TypeError, "members"),
+    (lambda: TiePenalty(mlp(), mlp(), members=3), TypeError, "members: .* got 3"),
+    (lambda: TiePenalty(mlp(), mlp(), members={"0.weight": "2.weight"}), TypeError, "members: .* got {'0.weight'"),
+    (lambda: TiePenalty(mlp(), mlp(), members=[("*.weight", "*.weight")]), ValueError, r"models\[0\]: '\*.weight' matches 2 of 4 names"),
+    (lambda: TiePenalty(mlp(), mlp(), members=[("0.weight", "0.weight"), ("0.weight", "2.weight")]), ValueError, "two groups are called '0.weight'"),
+    (lambda: TiePenalty(mlp(), members=[["0.weight", "2.weight"], ["0.weight", "0.bias"]]), ValueError, "two groups are called '0.weight'"),
     (lambda: TiePenalty(mlp(), nn.Linear(4, 5).double()), ValueError, r"different names: only models\[0\] has .*0.bias.*only models\[1\] has .*bias"),
     (lambda: TiePenalty(mlp(), members=["0.weight"]), ValueError, "two members or more, got \\['0.weight'\\]"),
     (lambda: TiePenalty(mlp()), ValueError, "members: which weights"),
@@ -365,6 +428,7 @@ def test_a_bad_strength_leaves_the_old_one():
     tie = TiePenalty(mlp(), mlp(1), strength=2.0)
     for bad in (-1.0, math.nan, {"0.weight": 1.0}):
         with pytest.raises(ValueError, match="strength"): tie.strength = bad
+    with pytest.raises(TypeError): tie.strength["0.weight"] = 3.0
     assert set(tie.strength.values()) == {2.0}
 
 
