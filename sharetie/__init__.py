@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 from importlib import import_module as _import_module
 
 # The few names people start with, imported when first used, so that `import sharetie` costs nothing.
-_lazy = {"TiePenalty": "tying"}
+_lazy = {"TiePenalty": "tying", "proximal_": "tying", "anneal": "tying", "harden_": "tying"}
 __all__ = list(_lazy)
 
 

@@ -96,9 +96,7 @@ class CurveFit:
         name: str,  # of a constant
         level: float = 0.95,  # probability that the interval covers the true value
     ) -> tuple[Tensor, Tensor]:  # lower and upper end, in the shape of the estimate
-        """Confidence interval of a constant: Student's, or the normal one where noise is known.
-
-        Raises ValueError for an unknown name and a level that is no probability."""
+        "Student's confidence interval; raises ValueError for an unknown name and a bad level."
         if name not in self.estimates:
             raise ValueError(f"name: no constant {name!r}, there are {list(self.estimates)}")
         if not 0 < level < 1:
@@ -109,9 +107,8 @@ class CurveFit:
 
     def __repr__(self): return f"{self._head()}\n{self.table.to_string()}"
     def _repr_html_(self): return f"<p>{self._head()}</p>{self.table.to_html()}"
-    def _head(self):
-        return (f"{len(self.groups)} curves, residual standard deviation {self.deviation:.4g}, "
-                f"{self.freedom:.4g} degrees of freedom")
+    def _head(self): return (f"{len(self.groups)} curves, residual standard deviation "
+        f"{self.deviation:.4g}, {self.freedom:.4g} degrees of freedom")
 
 # %% ../nbs/05_curves.ipynb #cc104d5f
 def _points(t, y, group, noise):

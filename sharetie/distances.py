@@ -38,7 +38,12 @@ def _plain_sums(kind, delta, x, y):
 
 def _accurate(tensors):
     "Half-precision tensors as float32, in which their squares can be summed."
-    return [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    return [t.to(_sum_dtype(t)) for t in tensors]
+
+
+def _sum_dtype(tensor):
+    "float32 for half precision, else the tensor's own type."
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 # %% ../nbs/04_distances.ipynb #6693758b
 _CHUNK = 1 << 20   # elements per piece: 4 MiB of float32 stay in cache, and few threads' meetings are lost
@@ -50,15 +55,15 @@ def _pieces(*tensors):
     return zip(*(t.detach().view(-1).split(_CHUNK) for t in tensors))
 
 
-def _scratch(tensor):
-    "Room for a piece's difference, in float32 where `tensor` is of half precision."
-    dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
-    return torch.empty(min(_CHUNK, tensor.numel()), dtype=dtype, device=tensor.device)
+def _scratch(tensors):
+    "Room for a piece's difference, by the type that it is summed in."
+    size = min(_CHUNK, max(map(torch.numel, tensors)))
+    return {dtype: torch.empty(size, dtype=dtype) for dtype in set(map(_sum_dtype, tensors))}
 
 
 def _difference(a, b, scratch):
     "The difference of two flat pieces in `scratch`."
-    d = scratch[:a.numel()]
+    d = scratch[_sum_dtype(a)][:a.numel()]
     return torch.sub(a, b, out=d) if a.dtype == d.dtype else d.copy_(a).sub_(b)
 
 # %% ../nbs/04_distances.ipynb #2b21c930
@@ -70,10 +75,10 @@ class _PairSums(torch.autograd.Function):
         ctx.kind, ctx.delta = kind, delta
         ctx.save_for_backward(*tensors)
         half = len(tensors) // 2
-        scratch = _scratch(max(tensors, key=torch.numel))
+        scratch = _scratch(tensors)
         with torch.autocast("cpu", enabled=False):
             return torch.stack([
-                torch.stack([_rho_sum(kind, _difference(a, b, scratch), delta) for a, b in _pieces(x, y)]).sum()
+                sum(_rho_sum(kind, _difference(a, b, scratch), delta) for a, b in _pieces(x, y))
                 for x, y in zip(tensors[:half], tensors[half:])])
 
     @staticmethod
@@ -86,7 +91,7 @@ class _PairSums(torch.autograd.Function):
             grads = iter(torch.autograd.grad(sums, wanted, upstream, create_graph=True))
             return None, None, *(next(grads) if n else None for n in needed)
         grads = [torch.empty_like(t) if n else None for t, n in zip(tensors, needed)]
-        scratch = _scratch(max(tensors, key=torch.numel))
+        scratch = _scratch(tensors)
         for a, b, ga, gb, factor in zip(x, y, grads[:half], grads[half:], upstream.tolist()):
             _write_slopes(ctx.kind, ctx.delta, factor, (a, b), (ga, gb), scratch)
         return None, None, *grads
@@ -190,12 +195,12 @@ def add_slopes_(
     if len(factors) != len(x): raise ValueError(f"factors: {len(x)} numbers are expected, got {len(factors)}")
     if not can_add_slopes(x, y, distance):
         raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous CPU tensors")
-    scratch, sums = _scratch(max(x, key=torch.numel)), []
+    scratch, sums = _scratch(x), []
     for a, b, factor in zip(x, y, factors):
         for t in (a, b):
             if t.requires_grad and t.grad is None: t.grad = torch.zeros_like(t)
         outs = [(t.grad, sign * factor) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
-        sums.append(scratch.new_zeros(()))
+        sums.append(torch.zeros((), dtype=_sum_dtype(a)))
         for u, v, *pieces in _pieces(a, b, *(grad for grad, _ in outs)):
             d = _difference(u, v, scratch)
             sums[-1] += _rho_sum(distance, d, delta)

@@ -96,6 +96,13 @@ def _check_hybrid(classifier, generator, prior):
     if not prior > 0:
         raise ValueError(f"prior: a standard deviation above 0 is expected, got {prior!r}")
 
+
+def _prior_loss(classifier, generator, prior):
+    "Minus the log of the Gaussian priors of both sets of parameters, up to a constant."
+    if prior == math.inf: return 0
+    weights = [*classifier.parameters(), *generator.parameters()]
+    return torch.cat([p.flatten() for p in weights]).square().sum() / (2 * prior**2)
+
 # %% ../nbs/05_hybrids.ipynb #3533a541
 class Hybrid(nn.Module):
     """A classifier tied to a generative model of its inputs.
@@ -122,22 +129,14 @@ class Hybrid(nn.Module):
         "The classifier's log p(c | x)."
         return self.classifier.log_posterior(x)
 
-    def loss(self,
-        x: Tensor,  # (..., n, d)
-        y: Tensor,  # (..., n)
-        unlabeled: Tensor | None = None,  # further inputs, (..., m, d)
-    ) -> Tensor:  # scalar
+    def loss(self, x, y, unlabeled=None):  # (..., n, d), (..., n), (..., m, d) -> scalar
         "Minus the log of the joint density, up to a constant, summed over examples and copies."
         posterior = self(x)
         loss = -posterior.gather(-1, _labels(y, posterior)).sum()
         for inputs in (x, unlabeled):
             if inputs is not None: loss = loss - self.generator.log_evidence(inputs).sum()
         if self.tie is not None: loss = loss + self.tie()
-        if self.prior < math.inf:
-            weights = [*self.classifier.parameters(), *self.generator.parameters()]
-            squares = torch.cat([p.flatten() for p in weights]).square().sum()
-            loss = loss + squares / (2 * self.prior**2)
-        return loss
+        return loss + _prior_loss(self.classifier, self.generator, self.prior)
 
     def at(self, alpha: float) -> "Hybrid":  # with its own parameters
         "The same models at another α, started from copies of the present parameters."

@@ -41,6 +41,16 @@ def test_large_sums_keep_their_digits_in_half_precision():
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
+def test_types_may_differ_from_pair_to_pair(distance):
+    fine = 1 + 1e-9 * torch.arange(1.0, 5, dtype=torch.float64)
+    x, y = [torch.zeros(9), fine.clone().requires_grad_()], [torch.ones(9), torch.ones(4, dtype=torch.float64)]
+    both, alone = pair_distances(x, y, distance), pair_distances(x[1:], y[1:], distance)
+    assert both.dtype == torch.float64
+    torch.testing.assert_close(both[1:], alone, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(both[1], x[1])[0], torch.autograd.grad(alone[0], x[1])[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_a_frozen_side_gets_no_gradient(distance):
     x, y = torch.randn(5, requires_grad=True), torch.randn(5)
     pair_distances([x], [y], distance).sum().backward()

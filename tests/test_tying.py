@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sharetie.distances import DISTANCES
-from sharetie.tying import Anneal, TiePenalty, accumulate_grad_, fisher_diagonal, harden_, proximal_
+from sharetie.tying import StrengthSchedule, TiePenalty, accumulate_grad_, anneal, fisher_diagonal, harden_, proximal_
 
 
 def mlp(seed=0, dtype=torch.float64):
@@ -244,7 +244,7 @@ def test_proximal_steps_refuse_tensors_in_two_groups_and_views(distance):
 @pytest.mark.parametrize("shape, middle", [("geometric", 1.0), ("linear", 5.05), ("cosine", 5.05)])
 def test_schedules_start_pass_the_middle_and_end(shape, middle):
     tie = TiePenalty([(torch.ones(1), torch.zeros(1))], strength=2.0)
-    schedule = Anneal(tie, start=0.1, end=10.0, steps=4, shape=shape)
+    schedule = anneal(tie, start=0.1, end=10.0, steps=4, shape=shape)
     seen = [tie()]
     for _ in range(5):
         schedule.step()
@@ -254,7 +254,7 @@ def test_schedules_start_pass_the_middle_and_end(shape, middle):
 
 def test_a_schedule_goes_on_from_its_state():
     ties = [TiePenalty([(torch.ones(1), torch.zeros(1))]) for _ in range(2)]
-    first, second = (Anneal(tie, start=1, end=16, steps=4) for tie in ties)
+    first, second = (anneal(tie, start=1, end=16, steps=4) for tie in ties)
     for _ in range(3): first.step()
     second.load_state_dict(first.state_dict())
     assert ties[0].strength == ties[1].strength == {"groups[0]": 8.0}
@@ -263,13 +263,56 @@ def test_a_schedule_goes_on_from_its_state():
     assert second.state_dict() == first.state_dict() and ties[1].strength == {"groups[0]": 8.0}
 
 
+def test_a_schedule_is_a_callback_of_any_factor():
+    tie = TiePenalty([(torch.ones(1), torch.zeros(1))], strength=3.0)
+    schedule = StrengthSchedule(tie, lambda part: 1 + part, steps=2)
+    schedule(7)
+    assert tie.strength == {"groups[0]": 4.5}
+    with pytest.raises(ValueError, match="strength of"): StrengthSchedule(tie, lambda part: -1.0, steps=2)
+    assert tie.strength == {"groups[0]": 4.5}
+
+
+def test_a_resumed_run_goes_on_with_its_schedule(tmp_path):
+    from sharetie.train import fit
+    x, y = torch.randn(16, 4), torch.randn(16, 3)
+    def run(epochs, path):
+        a, b = mlp(0, torch.float32), mlp(1, torch.float32)
+        tie = TiePenalty(a, b)
+        fit(a, (x, y), F.mse_loss, penalty=tie, after_step=anneal(tie, 0.1, 10, steps=6), epochs=epochs, checkpoint=path, progress=False)
+        return a
+    run(3, tmp_path / "part.pt")
+    resumed, whole = run(6, tmp_path / "part.pt"), run(6, None)
+    for p, q in zip(resumed.parameters(), whole.parameters()): assert torch.equal(p, q)
+
+
+def test_sparse_gradients_and_computed_members():
+    a, b = nn.Embedding(5, 3, sparse=True), nn.Embedding(5, 3)
+    tie = TiePenalty(a, b)
+    a(torch.tensor([1])).sum().backward()
+    expected = a.weight.grad.to_dense() + 2 * (a.weight - b.weight).detach()
+    accumulate_grad_(tie)
+    torch.testing.assert_close(a.weight.grad, expected)
+    linear, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    tie = TiePenalty(linear, other)
+    nn.utils.parametrizations.weight_norm(linear)
+    before = state(other)
+    for refused in (lambda: proximal_(tie, 0.1), lambda: accumulate_grad_(tie), lambda: harden_(tie)):
+        with pytest.raises(ValueError, match=r"models\[0\].weight"): refused()
+    assert all(torch.equal(x, y) for x, y in zip(before, state(other)))
+
+
+def test_groups_on_two_devices_are_refused_when_made():
+    with pytest.raises(ValueError, match=r"one device .*\['cpu', 'meta'\]"):
+        TiePenalty({"a": (torch.ones(1), torch.ones(1)), "b": (torch.ones(1, device="meta"), torch.ones(1, device="meta"))})
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(start=0, end=1, steps=3), "numbers above 0"), (dict(start=-1, end=1, steps=3), "start"), (dict(start=1, end=math.inf, steps=3), "end"),
     (dict(start=1, end=2, steps=0), "steps"), (dict(start=1, end=2, steps=1.5), "steps"), (dict(start=1, end=2, steps=True), "steps"), (dict(start=1, end=2, steps=3, shape="square"), "shape"),
 ])
 def test_bad_schedules_leave_the_strength(options, message):
     tie = TiePenalty([(torch.ones(1), torch.zeros(1))], strength=2.0)
-    with pytest.raises(ValueError, match=message): Anneal(tie, **options)
+    with pytest.raises(ValueError, match=message): anneal(tie, **options)
     assert tie.strength == {"groups[0]": 2.0}
 
 
