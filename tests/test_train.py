@@ -8,7 +8,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from sharetie.train import History, error_rate, evaluate, fit, set_seed
 
-# New processes are forks of one that has done the imports, where the system has forks.
-PROCESSES = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-PROCESSES.set_forkserver_preload(["sharetie.train", "torch._dynamo", "torch.distributed.fsdp", "pytest"])
+PROCESSES = get_context("spawn")
 
 
 def toy(n=60):
