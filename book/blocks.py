@@ -206,6 +206,7 @@ def html_table(source):
     "An HTML output as it is to be shown: the table alone, without pandas' own looks."
     source = re.sub(r"<style.*?</style>", "", source, flags=re.S)
     source = re.sub(r' (?:border="1"|style="text-align: \w+;")', "", source)
+    source = re.sub(r"<td>(?=[^<\d]*[A-Za-z]{4}[^<]*</td>)", '<td class="words">', source)
     return re.sub(r"^\s+|\n\s*(?=<)", "", re.sub(r"</?div>", "", source))
 
 

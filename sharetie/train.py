@@ -495,8 +495,7 @@ def fit(
 ) -> History:  # one row per epoch
     """Train `model` on `data`, and return what was measured.
 
-    Raises FloatingPointError before a step with a loss or gradient that is not finite;
-    TypeError or ValueError where an argument makes no sense."""
+    Raises FloatingPointError before a step that is not finite, TypeError or ValueError at once."""
     run = _Run(locals())
     state = _read(run)
     if device is not None: model.to(run.device)

@@ -91,6 +91,7 @@ def full_run_until_killed(path, threads):
     full_run(net(), path, stop_at(15, kill))
 
 
+@pytest.mark.slow
 def test_resumes_after_the_process_is_killed(tmp_path):
     whole = net()
     full_run(whole, after_step=stop_at(-1, kill))
