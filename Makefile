@@ -26,13 +26,13 @@ help:
 	@echo 'make clean     remove what the other targets made'
 
 $(VENV)/ready: settings.ini setup.py pyproject.toml constraints.txt
-	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing: install Python 3.11 or later, or name one: make PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is $$($(PYTHON) -V), and Python 3.11 or later is needed: make PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module: install it (on Debian the package python3-venv)"; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: $(PYTHON) is missing: install Python 3.11 or later, or name one: make PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) says it is '$$("$(PYTHON)" -V 2>&1)', and Python 3.11 or later is needed: make PYTHON=/path/to/python"; exit 1; }
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { echo "make: $(PYTHON) has no venv module: install it (on Debian the package python3-venv)"; exit 1; }
 	@echo "Setting up $(VENV) (a few minutes the first time)"
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]' 2>$(VENV)/pip.log \
-	  || { echo "make: could not install the requirements (is the package registry reachable?): $$(grep -m1 ERROR $(VENV)/pip.log), all in $(VENV)/pip.log"; exit 1; }
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt --config-settings editable_mode=compat -e '.[dev]' 2>$(VENV)/pip.log \
+	  || { echo "make: could not install the requirements: $$(grep -m1 -E 'connection|ERROR' $(VENV)/pip.log); all in $(VENV)/pip.log"; exit 1; }
 	@touch $@
 
 book: $(VENV)/ready

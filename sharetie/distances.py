@@ -8,6 +8,7 @@ __all__ = ['DISTANCES', 'pair_distances', 'can_add_slopes', 'add_slopes_', 'shri
 # %% ../nbs/04_distances.ipynb #3aba1028
 from collections.abc import Sequence
 from functools import partial
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,7 @@ def pair_distances(
     integers and for mixed types."""
     _check_pairs(x, y, distance, delta)
     if distance == "cosine":
-        return torch.stack([_cosine(a.flatten(), b.flatten()) for a, b in zip(_accurate(x), _accurate(y))])
+        return torch.stack([_cosine(a, b) for a, b in zip(_accurate(x), _accurate(y))])
     if distance != "group": return _pair_sums(distance, delta, x, y)
     squares = _pair_sums("squared_l2", delta, x, y)
     apart = squares > 0
@@ -192,7 +193,9 @@ def add_slopes_(
 
     Raises as `pair_distances` does, and ValueError where `can_add_slopes` is false."""
     _check_pairs(x, y, distance, delta)
-    if len(factors) != len(x): raise ValueError(f"factors: {len(x)} numbers are expected, got {len(factors)}")
+    fine = len(factors) == len(x) and all(isinstance(f, Real) and abs(f) < float("inf") for f in factors)
+    if not fine: raise ValueError(f"factors: {len(x)} finite numbers are expected, got {list(factors)}")
+    if not all(t.is_leaf for t in (*x, *y)): raise ValueError("x, y: leaves of the graph are expected")
     if not can_add_slopes(x, y, distance):
         raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous CPU tensors")
     scratch, sums = _scratch(x), []

@@ -31,7 +31,8 @@ class _Groups:
         need(len(devices) == 1, "groups", "one device for all of a penalty's groups", sorted(devices))
         first = {}  # two names of one parameter give one group, called by the first
         for label, group in groups.items():
-            first.setdefault(tuple(id(m.tensor) for m in group), label)
+            tensors = tuple(id(m.tensor) for m in group)
+            first.setdefault(tensors if maps[label] else frozenset(tensors), label)
         self.groups = {label: groups[label] for label in first.values()}
         self.maps = {label: maps[label] for label in self.groups}
         self._models = [model for model in tied if isinstance(model, nn.Module)]
@@ -62,7 +63,8 @@ class _Compared(_Groups):
     def _tensors(self, label):
         "The tensors of a group as they are compared: the first through its map."
         first, *rest = (member.tensor for member in self.groups[label])
-        return [first if self.maps[label] is None else self.maps[label](first), *rest]
+        if self.maps[label] is None: return [first, *rest]
+        with torch.autocast(first.device.type, enabled=False): return [self.maps[label](first), *rest]
 
     def _plan(self, label):
         "Is the mean compared with, how many distances are there, how often does each count?"
@@ -85,6 +87,11 @@ class _Compared(_Groups):
     def _distances(self, labels):
         "The distances of the groups `labels`: shape (pairs,)."
         return pair_distances(*self._lists(labels), self.distance, self.delta)
+
+    def _weighted(self, distances):
+        "The sum of λ·distance; of sharded weights, over all shards."
+        if hasattr(distances, "full_tensor"): distances = distances.full_tensor()
+        return torch.dot(distances, self._weights.to(distances))
 
 
 def _accurate(tensors):
@@ -116,8 +123,7 @@ class TiePenalty(_Compared):
 
     def __call__(self) -> Tensor:  # scalar, float32 (float64 for float64 weights)
         "The penalty, the sum of λ·Ω over the groups, to be added to a loss."
-        distances = self._distances(self.groups)
-        return torch.dot(distances, self._weights.to(distances))
+        return self._weighted(self._distances(self.groups))
 
     @torch.no_grad()
     def distances(self) -> dict[str, float]:
@@ -139,6 +145,7 @@ def accumulate_grad_(
 
     Raises ValueError for a scale below 0 or not finite, and for members that are no leaves.
     Source: the gradient of Goodfellow, Bengio and Courville 2016, section 7.9."""
+    _is_penalty(penalty)
     scale, moving = nonnegative(scale, "scale"), _moving(penalty, "accumulate_grad_")
     x, y = penalty._lists(penalty.groups)
     own = {id(t) for t in penalty.parameters()}
@@ -146,11 +153,16 @@ def accumulate_grad_(
     if direct and can_add_slopes(x, y, penalty.distance):
         factors = (scale * penalty._weights).tolist()
         distances = add_slopes_(x, y, factors, penalty.distance, penalty.delta)
-        return torch.dot(distances, penalty._weights.to(distances))
+        return penalty._weighted(distances)
     with torch.enable_grad(): value = penalty()
     for t, grad in zip(moving, torch.autograd.grad(value * scale, moving) if moving else ()):
         t.grad = grad if t.grad is None else grad.add_(t.grad) if t.grad.is_sparse else t.grad.add_(grad)
     return value.detach()
+
+
+def _is_penalty(penalty):
+    "Raise for anything but a `TiePenalty`."
+    need(isinstance(penalty, TiePenalty), "penalty", "a TiePenalty", type(penalty), TypeError)
 
 
 def _moving(penalty, who):
@@ -173,13 +185,14 @@ def proximal_(
 
     Raises ValueError, before anything moves, for a bad step size and without a closed form.
     Source: Parikh and Boyd 2014, equation 1.1; decoupling as in Loshchilov and Hutter 2019."""
+    _is_penalty(penalty)
     step_size = nonnegative(step_size, "step_size")
     _check_proximal(penalty)
     for label, strength in penalty.strength.items():
         tensors = [m.tensor for m in penalty.groups[label]]
         if len(tensors) == 2: _pull_pair_(penalty, tensors, step_size * strength)
         else:
-            mean = sum(tensors) / len(tensors)
+            mean = (sum(_accurate(tensors)) / len(tensors)).to(tensors[0].dtype)
             pull = 1 - 1 / (1 + 2 * step_size * strength * penalty._plan(label)[2])
             torch._foreach_lerp_(tensors, [mean] * len(tensors), pull)
 
@@ -234,6 +247,8 @@ class StrengthSchedule:
         factor: Callable[[float], float],  # of the part of the way that is done, from 0 to 1
         steps: int,  # how many calls it takes
     ):
+        _is_penalty(penalty)
+        need(callable(factor), "factor", "a function of the part of the way", factor, TypeError)
         need(type(steps) is int and steps > 0, "steps", "a whole number of at least 1", steps)
         self.penalty, self.steps, self.factor = penalty, steps, factor
         self._set(dict(penalty.strength), 0)
@@ -258,9 +273,12 @@ class StrengthSchedule:
 
     def load_state_dict(self, state: dict):
         "Go on from `state_dict`; raises ValueError, before anything changes, for other groups."
-        groups, got = list(self.base), list(state.get("base", ()))
+        fine = isinstance(state, Mapping) and {"base", "done"} <= set(state)
+        need(fine, "state", "what state_dict gave", state)
+        groups, got, done = list(self.base), list(state["base"]), state["done"]
         need(set(got) == set(groups), "state", f"one of the groups {groups}", got)
-        self._set(dict(state["base"]), int(state["done"]))
+        need(type(done) is int and done >= 0, "state", "a number of steps of at least 0", done)
+        self._set(dict(state["base"]), done)
 
 # %% ../nbs/04_tying.ipynb #a415c8b1
 def anneal(
@@ -290,6 +308,8 @@ class Moved(NamedTuple):
     distance: float  # Euclidean norm of the change
     relative: float  # the same divided by the norm of the weight before
 
+    def __repr__(self): return f"{self.name} moved by {self.distance:.3g} ({self.relative:.1%})"
+
 # %% ../nbs/04_tying.ipynb #97ab90a0
 @torch.no_grad()
 def harden_(
@@ -297,24 +317,29 @@ def harden_(
     to: str = "mean",  # value of the shared weight: "mean", "first" or "fisher"
     # for "fisher": per model the diagonal by parameter name, from `fisher_diagonal`
     fisher: Sequence[Mapping[str, Tensor]] | None = None,
+    model: nn.Module | None = None,  # what holds the tied models, if other parts of it share their weights
 ) -> list[Moved]:  # one entry per member, in the order of the groups
     """Make the members of every group one Parameter, the first; make the optimizer anew after.
 
     Raises ValueError, before anything changes, for members that cannot be one and bad options.
     Source: "fisher" is Matena and Raffel 2022, with equal weights for the models."""
+    _is_penalty(penalty)
     _check_hardens(penalty, to, fisher)
+    fine = model is None or isinstance(model, nn.Module)
+    need(fine, "model", "a module", type(model), TypeError)
     groups = penalty.groups.items()
     values = {label: _shared_value(group, to, fisher) for label, group in groups}
     report, new = [], {}
     for label, group in groups:
         before = [m.tensor for m in group]
         for member, old in zip(group, before):
-            way = (values[label] - old).norm().item()
-            length = max(old.norm().item(), torch.finfo(old.dtype).tiny)
-            report.append(Moved(member.name, way, way / length))
+            new_value, old_value = _accurate([values[label], old])
+            way, length = (new_value - old_value).norm().item(), old_value.norm().item()
+            report.append(Moved(member.name, way, way / length if length else math.inf if way else 0.))
         before[0].copy_(values[label]).requires_grad_(any(w.requires_grad for w in before))
         new |= {id(old): before[0] for old in before[1:]}
-    for module in (module for model in penalty._models for module in model.modules()):
+    roots = penalty._models if model is None else [*penalty._models, model]
+    for module in (module for root in roots for module in root.modules()):
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(old) in new: setattr(module, name, new[id(old)])  # under all of its names
     return report
@@ -339,7 +364,7 @@ def _check_hardens(penalty, to, fisher):
 # %% ../nbs/04_tying.ipynb #cdd3535f
 def _shared_value(group, to, fisher):
     "What the weights of a group become."
-    weights = [m.tensor for m in group]
+    weights = _accurate([m.tensor for m in group])
     if to == "first": return weights[0].clone()
     mean = sum(weights) / len(weights)
     if to == "mean": return mean
@@ -364,16 +389,29 @@ def _importance(member, fisher):
 
 # %% ../nbs/04_tying.ipynb #08eec957
 def fisher_diagonal(
-    model: nn.Module,  # classifier from x to logits (b, classes), best in evaluation mode
+    model: nn.Module,  # classifier from x to logits (b, classes), taken in evaluation mode
     x: Tensor,  # inputs (n, …)
     chunk: int = 64,  # examples at a time; memory is chunk × classes × parameters
 ) -> dict[str, Tensor]:  # by parameter name, of the parameter's shape
     """Diagonal of the Fisher information of p(c|x) over the model's own labels.
 
-    Raises ValueError for no examples, and for a chunk below 1.
+    Raises ValueError for no examples, other outputs and a chunk below 1, TypeError for other kinds.
     Source: Matena and Raffel 2022, equation 3."""
+    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
+    need(isinstance(x, Tensor) and x.dim() > 0, "x", "a tensor of examples", type(x), TypeError)
     need(len(x) > 0, "x", "at least one example", x)
     need(type(chunk) is int and chunk > 0, "chunk", "a whole number of at least 1", chunk)
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try: return _fisher(model, x, chunk)
+    finally:
+        for module, training in modes.items(): module.training = training
+
+
+def _fisher(model, x, chunk):
+    "The diagonal, chunk by chunk."
+    with torch.no_grad(): shape = tuple(model(x[:1]).shape)
+    need(len(shape) == 2, "model", "a classifier whose output has shape (b, classes)", shape)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def log_likelihoods(p, example):

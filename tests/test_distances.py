@@ -113,7 +113,7 @@ def test_one_pass_adds_to_gradients_that_are_there():
     (lambda x: pair_distances(x, x + x), "got 1 and 2"),
     (lambda x: pair_distances(x, [torch.zeros(4)]), r"x\[0\] has shape \(3,\), y\[0\] has shape \(4,\)"),
     (lambda x: add_slopes_(x, [torch.zeros(3)], [1.0], "cosine"), "one pass needs"),
-    (lambda x: add_slopes_(x, [torch.zeros(3)], [1.0, 2.0]), "factors: 1 numbers are expected, got 2"),
+    (lambda x: add_slopes_(x, [torch.zeros(3)], [1.0, 2.0]), "factors: 1 finite numbers are expected"),
     (lambda x: shrink(x[0], -1.0), "t: a finite number of at least 0 is expected, got -1.0"),
     (lambda x: shrink(x[0], 1.0, "cosine"), "has a closed form, got 'cosine'"),
 ])

@@ -75,7 +75,7 @@ def test_all_links_and_anchors_lead_somewhere(site, request):
 
 
 @pytest.mark.parametrize("site", ["toy_site", "real_site"])
-@pytest.mark.parametrize("width, scheme", [(380, "light"), (1600, "dark")])
+@pytest.mark.parametrize("width, scheme", [(380, "light"), (380, "dark"), (1600, "light"), (1600, "dark")])
 def test_every_page_opens_and_fits(site, width, scheme, request, open_page):
     for path in sorted(request.getfixturevalue(site).glob("*.html")):
         page = open_page(path, width, scheme)

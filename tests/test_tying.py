@@ -489,3 +489,97 @@ def test_copies_of_a_model_are_tied_to_their_source():
     (tuned(torch.ones(2, 4).double()).pow(2).sum() + tie()).backward()
     optimizer.step()
     assert 0 < loop(tuned, source) and all(p.grad is None for p in source.parameters())
+
+
+# What a review found
+
+def test_a_map_is_not_autocast():
+    a, b, turn = nn.Linear(3, 3), nn.Linear(3, 3), torch.randn(3, 3)
+    tie = TiePenalty([(a.weight, b.weight)], map=lambda w: w @ turn)
+    with torch.autocast("cpu", dtype=torch.bfloat16): cast = tie()
+    torch.testing.assert_close(cast, tie(), rtol=0, atol=0)
+
+
+def test_hardening_large_half_precision_weights():
+    weights = nn.ModuleList([nn.Linear(2, 1, bias=False).half() for _ in range(2)])
+    for layer, value in zip(weights, (60000.0, 50016.0)): nn.init.constant_(layer.weight, value)
+    report = harden_(TiePenalty(*weights))
+    assert weights[1].weight.unique().tolist() == [55008]
+    assert report[0].relative == pytest.approx(4992 / 60000) and "moved by" in repr(report[0])
+
+
+def test_a_pair_named_twice_in_turned_order_counts_once():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    once, twice = TiePenalty(model, members=[("0.weight", "1.weight")]), TiePenalty(model, members=[("0.weight", "1.weight"), ("1.weight", "0.weight")])
+    torch.testing.assert_close(once(), twice())
+
+
+def test_views_of_one_memory_are_one_tensor():
+    w = nn.Parameter(torch.ones(4))
+    for other in (w.detach(), w[:], w.view(4)):
+        with pytest.raises(ValueError, match="same tensor is on both sides"): TiePenalty([(w, other)])
+    assert TiePenalty([(w[:2], w[2:])])().item() == 0  # two halves are two tensors
+
+
+def test_hardening_part_of_a_model_follows_its_other_ties():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc, self.dec, self.head = nn.Embedding(5, 3), nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+            self.head.weight = self.dec.weight
+    net = Net()
+    harden_(TiePenalty(net.enc, net.dec), model=net)
+    assert net.head.weight is net.dec.weight is net.enc.weight
+    with pytest.raises(TypeError, match="model: a module is expected"): harden_(TiePenalty(net.enc, nn.Embedding(5, 3)), model=3)
+
+
+def test_fisher_diagonal_takes_evaluation_mode_and_gives_the_mode_back():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).train()
+    x = torch.randn(5, 4)
+    first, second = fisher_diagonal(model, x), fisher_diagonal(model, x)
+    assert all(torch.equal(first[name], second[name]) for name in first) and model.training and model[2].training
+    with pytest.raises(ValueError, match=r"output has shape \(b, classes\) is expected, got \(1, 2, 3\)"): fisher_diagonal(nn.Linear(4, 3), torch.randn(5, 2, 4)[:, :, :])
+
+
+@pytest.mark.parametrize("state", [None, {}, {"base": {"groups[0]": 1.0}}, {"base": {"groups[0]": 1.0}, "done": -4}, {"base": {"groups[0]": 1.0}, "done": "x"}])
+def test_a_schedule_refuses_a_state_that_is_none(state):
+    tie = TiePenalty([(torch.ones(1), torch.zeros(1))])
+    schedule = anneal(tie, 1, 4, steps=2)
+    with pytest.raises(ValueError, match="state"): schedule.load_state_dict(state)
+    assert tie.strength == {"groups[0]": 1.0}
+
+
+@pytest.mark.parametrize("call", [accumulate_grad_, lambda p: proximal_(p, 0.1), harden_, lambda p: anneal(p, 1, 2, 3)])
+def test_anything_but_a_penalty_is_refused(call):
+    with pytest.raises(TypeError, match="penalty: a TiePenalty is expected, got NoneType"): call(None)
+
+
+def sharded(rank, world, port):
+    "One process of FSDP2: every distance, its gradient and a proximal step equal the unsharded ones."
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    try:
+        mesh = init_device_mesh("cpu", (world,))
+        for distance in DISTANCES:
+            plain, models = [mlp(0), mlp(1)], [mlp(0), mlp(1)]
+            for model in models: fully_shard(model, mesh=mesh)
+            ours, whole = TiePenalty(*models, distance=distance), TiePenalty(*plain, distance=distance)
+            torch.testing.assert_close(ours(), whole())
+            accumulate_grad_(ours)
+            accumulate_grad_(whole)
+            for p, q in zip(models[0].parameters(), plain[0].parameters()): torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+            if distance == "squared_l2":
+                proximal_(ours, 0.1)
+                proximal_(whole, 0.1)
+                for p, q in zip(models[1].parameters(), plain[1].parameters()): torch.testing.assert_close(p.full_tensor(), q)
+    finally: dist.destroy_process_group()
+
+
+def test_two_processes_of_fsdp2_equal_one():
+    import socket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(sharded, (2, port), nprocs=2)
