@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import os
+import random
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -31,13 +32,19 @@ from .results import _check, _tqdm, _whole
 # %% ../nbs/01_train.ipynb #0fd8116d
 @contextmanager
 def _seeded(seed, device):
-    "Seed PyTorch for a while; give a generator for the order of examples."
-    order, noise = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+    "Seed PyTorch, NumPy and Python for a while; give a generator for the order of examples."
+    order, noise, *more = (int(s) for s in np.random.SeedSequence(seed).generate_state(4))
+    before = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(noise)
         if device.type == "cuda":
             with torch.cuda.device(device): torch.cuda.manual_seed(noise)
-        yield torch.Generator().manual_seed(order)
+        try:
+            for seeded, number in zip((random.seed, np.random.seed), more): seeded(number)
+            yield torch.Generator().manual_seed(order)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 # %% ../nbs/01_train.ipynb #10b999bd
 def _leaves(batch):
@@ -80,13 +87,16 @@ class _Run:
         self.train, self.valid = _splits(self.data, self.valid)
         self.named = _trainable(self.model)
         _check_options(self)
+        self.after_step = _functions(self.after_step)
         self.optimizer = _optimizer(self.optimizer, self.scheduler, self.named)
         self.closure = _needs_closure(self.optimizer)
         self.device, self.group = _device(self.device, self.model), _group(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
         if self.checkpoint is not None: self.checkpoint = _file(self.checkpoint, self.group)
-        self.epoch, self.step, self.rows, self.generators = 0, 0, [], []
+        self.epoch, self.step, self.skipped, self.rows, self.generators = 0, 0, 0, [], []
         self.best = {"loss": math.inf, "epoch": 0, "model": None}
+        self.settings = None if self.checkpoint is None else _settings(self)
+        self.saved = _read(self)
 
 # %% ../nbs/01_train.ipynb #e594bfbf
 def _splits(data, valid):
@@ -129,10 +139,12 @@ def _check_options(run):
         if (value := getattr(run, name)) is not None: _whole(name, value, 1)
     fine = run.batch_size is None or not isinstance(run.train, DataLoader)
     _check(fine, "batch_size", f"{run.batch_size} with a DataLoader", "None: it decides")
-    for name in ("loss", "penalty", "after_step"):
+    for name in ("loss", "penalty"):
         f = getattr(run, name)
         fine = callable(f) or (f is None and name != "loss")
         _check(fine, name, repr(f), "a function", TypeError)
+    for f in _functions(run.after_step):
+        _check(callable(f), "after_step", repr(f), "a function or a list of functions", TypeError)
     if run.metrics is not None:
         _check_metrics(run.metrics)
         _check("loss" not in run.metrics, "metrics", "the name 'loss'", "another: it is taken")
@@ -144,6 +156,11 @@ def _check_options(run):
     for name in ("patience", "metrics"):
         fine = getattr(run, name) is None or run.valid is not None
         _check(fine, name, f"{getattr(run, name)!r} without `valid`", "both")
+
+def _functions(f):
+    "One function, several or None as a list."
+    if f is None: return []
+    return list(f) if isinstance(f, (list, tuple)) and not callable(f) else [f]
 
 def _check_metrics(metrics):
     "Raise where `metrics` is not a dict of functions."
@@ -212,6 +229,7 @@ def _where(run, objective):
     grad = first({name: p.grad for name, p in run.named.items() if p.grad is not None})
     name = f"the first parameter whose gradient is not finite is {grad!r}"
     if grad is None: name = "no gradient here is other than finite"
+    if run.skipped: name += f"; {run.skipped} steps in a row were skipped"
     held = first(run.named)
     also = f"; the weight {held!r} was not finite before" if held else ""
     kept = "" if run.closure else ". The weights are as before this step"
@@ -258,12 +276,18 @@ def _step(run, x, y):
         seen.append(terms)
         return objective
     if run.closure: run.optimizer.step(closure)
-    else:
-        closure()
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-    if run.after_step is not None: run.after_step(run.step)
+    else: _scaled_step(run, closure())
+    if not run.skipped:
+        for f in run.after_step: f(run.step)
     return seen[0]
+
+def _scaled_step(run, objective):
+    "Step, or count a step that the scaler skips; raise at the twentieth in a row."
+    scale = run.scaler.get_scale()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.skipped = run.skipped + 1 if run.scaler.get_scale() < scale else 0
+    if run.skipped == 20: raise _where(run, objective)
 
 # %% ../nbs/01_train.ipynb #582d6100
 def _train_epoch(run):
@@ -337,6 +361,9 @@ def _close_epoch(run, row):
         row |= {f"valid_{name}": score for name, score in scores.items()}
     run.epoch += 1
     run.rows.append(row)
+    if run.patience is not None and not math.isfinite(row["valid_loss"]):
+        raise FloatingPointError(f"the validation loss is {row['valid_loss']} after epoch "
+                                 f"{run.epoch}: `patience` has nothing to compare")
     if run.patience is not None and row["valid_loss"] < run.best["loss"]:
         state = copy.deepcopy(run.model.state_dict())
         run.best = {"loss": row["valid_loss"], "epoch": run.epoch, "model": state}
@@ -347,18 +374,19 @@ def _close_epoch(run, row):
 # %% ../nbs/01_train.ipynb #c787e9b8
 def _parts(run):
     "Everything of a run that has a state of its own."
-    names = ("model", "optimizer", "scheduler", "scaler", "loss", "penalty", "after_step")
+    names = ("model", "optimizer", "scheduler", "scaler", "loss", "penalty")
     parts = {name: getattr(run, name) for name in names}
+    parts |= {f"after_step {i}": f for i, f in enumerate(run.after_step)}
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+_PROGRESS = "epoch", "step", "skipped", "rows", "best"
 
 def _save(run):
     "Write the checkpoint, if one is wanted."
     if run.checkpoint is None: return
-    cuda = [torch.cuda.get_rng_state(run.device)] if run.device.type == "cuda" else []
     state = {name: part.state_dict() for name, part in _parts(run).items()}
-    state |= {name: getattr(run, name) for name in ("epoch", "step", "rows", "best")}
-    state |= {"settings": _settings(run), "rng": [torch.get_rng_state(), *cuda],
-              "generators": [g.get_state() for g in run.generators]}
+    state |= {name: getattr(run, name) for name in (*_PROGRESS, "settings")}
+    state |= {"rng": _random(run), "generators": [g.get_state() for g in run.generators]}
     temporary = run.checkpoint.with_name(run.checkpoint.name + ".tmp")
     torch.save(state, temporary)
     if run.group is not None: dist.barrier(run.group)
@@ -375,6 +403,30 @@ def _file(path, group):
     return path.with_name(f"{path.stem}.rank{dist.get_rank(group)}{path.suffix}")
 
 # %% ../nbs/01_train.ipynb #781ef3f9
+def _random(run):
+    "The global random states."
+    kind, key, *rest = np.random.get_state()
+    cuda = [torch.cuda.get_rng_state(run.device)] if run.device.type == "cuda" else []
+    return {"torch": [torch.get_rng_state(), *cuda], "python": random.getstate(),
+            "numpy": (kind, key.tolist(), *rest)}
+
+def _set_random(run, saved):
+    "Set the global random states to those saved."
+    cpu, *cuda = (state.cpu() for state in saved["torch"])
+    torch.set_rng_state(cpu)
+    if run.device.type == "cuda" and cuda: torch.cuda.set_rng_state(cuda[0], run.device)
+    random.setstate(saved["python"])
+    kind, key, *rest = saved["numpy"]
+    np.random.set_state((kind, np.array(key, np.uint32), *rest))
+
+def _generators(data):
+    "The generators of a loader, its sampler and its batch sampler, each once."
+    sampler, batches = (getattr(data, name, None) for name in ("sampler", "batch_sampler"))
+    owners = data, sampler, batches, getattr(batches, "sampler", None)
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+# %% ../nbs/01_train.ipynb #7ce2ef26
 def _settings(run):
     "What a checkpoint has to agree with."
     def shapes(data):
@@ -387,7 +439,7 @@ def _settings(run):
         return f"{len(group['params'])} parameters, lr {rate}"
     optimizer = run.optimizer
     defaults = repr(getattr(optimizer, "defaults", None))
-    kinds = ("scheduler", "loss", "penalty", "after_step")
+    kinds = ("scheduler", "loss", "penalty")
     tensors = {k: v for k, v in run.model.state_dict().items() if isinstance(v, torch.Tensor)}
     return {
         "model": [f"{name} {shapes(t)[0]}" for name, t in tensors.items()],
@@ -396,9 +448,10 @@ def _settings(run):
         "metrics": list(run.metrics or []), "amp": str(run.amp),
         **{name: getattr(run, name) for name in ("batch_size", "clip", "patience", "seed")},
         **{name: kind(getattr(run, name)) for name in kinds},
+        "after_step": [kind(f) for f in run.after_step],
     }
 
-# %% ../nbs/01_train.ipynb #58d69d5d
+# %% ../nbs/01_train.ipynb #c4abd76e
 def _read(run):
     "The state in the checkpoint, if there is one and it is of this run."
     path, state = run.checkpoint, None
@@ -420,7 +473,7 @@ def _read(run):
 
 def _compare_settings(saved, run):
     "Raise at the first setting in which the checkpoint and this run differ."
-    for name, now in _settings(run).items():
+    for name, now in run.settings.items():
         was = saved.get(name, "missing")
         if was == now: continue
         if isinstance(was, list) and isinstance(now, list):
@@ -429,16 +482,15 @@ def _compare_settings(saved, run):
         raise ValueError(f"checkpoint: {str(run.checkpoint)!r} is of another run: {name} was "
                          f"{was}, and is {now}; name another file, or remove it")
 
-def _restore(run, state):
-    "Put the run where the checkpoint left it."
-    if state is None: return
+def _restore(run, order):
+    "Name the generators of examples, and put the run where the checkpoint left it."
+    run.generators = [order, *_generators(run.train), *_generators(run.valid)]
+    if (state := run.saved) is None: return
     for name, part in _parts(run).items(): part.load_state_dict(state[name])
     for generator, saved in zip(run.generators, state["generators"]):
         generator.set_state(saved.cpu())
-    cpu, *cuda = (saved.cpu() for saved in state["rng"])
-    torch.set_rng_state(cpu)
-    if run.device.type == "cuda" and cuda: torch.cuda.set_rng_state(cuda[0], run.device)
-    for name in ("epoch", "step", "rows", "best"): setattr(run, name, state[name])
+    _set_random(run, state["rng"])
+    for name in _PROGRESS: setattr(run, name, state[name])
 
 # %% ../nbs/01_train.ipynb #74f49b87
 class History(pd.DataFrame):
@@ -489,19 +541,19 @@ def fit(
     patience: int | None = None,  # epochs without a lower validation loss before stopping
     checkpoint=None,  # file to resume from, and to save to after each epoch
     penalty: Callable | None = None,  # function of nothing to a scalar, added to the loss
-    after_step: Callable | None = None,  # function of the number of steps taken, run after each
+    # function of the step's number, or a list of them, run in order after each step taken
+    after_step: Callable | list | None = None,
     seed: int = 0,  # of the order of examples and of dropout
     progress: bool = True,  # show a bar to a person who looks on
 ) -> History:  # one row per epoch
     """Train `model` on `data`, and return what was measured.
 
-    Raises FloatingPointError before a step that is not finite, TypeError or ValueError at once."""
+    Raises FloatingPointError at a step or, with `patience`, a validation loss that is not
+    finite, and TypeError or ValueError at once."""
     run = _Run(locals())
-    state = _read(run)
     if device is not None: model.to(run.device)
     with _seeded(seed, run.device) as order, _mode(model, True):
-        run.generators = [order, *filter(None, [getattr(run.train, "generator", None)])]
-        _restore(run, state)
+        _restore(run, order)
         for _ in _tqdm(progress, range(run.epoch, epochs), unit="epoch"):
             if patience is not None and run.epoch - run.best["epoch"] >= patience: break
             _close_epoch(run, _train_epoch(run))

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from sharetie.train import History, error_rate, evaluate, fit, set_seed
+from sharetie.tying import TiePenalty, anneal, proximal_
 
 PROCESSES = get_context("spawn")
 
@@ -46,7 +47,7 @@ def full_run(model, path=None, after_step=None, epochs=6, kind="cosine"):
     scheduler = {
         "cosine": lambda: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6),
         "milestones": lambda: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4]),
-        "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0),
+        "plateau": lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.5),  # cuts the rate at the second epoch
         "sequence": lambda: torch.optim.lr_scheduler.SequentialLR(optimizer, [
             torch.optim.lr_scheduler.LinearLR(optimizer), torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)], [2]),
     }[kind]()
@@ -74,6 +75,8 @@ def test_resumes_after_an_exception_in_an_epoch(tmp_path, kind):
     whole = net()
     history = full_run(whole, after_step=stop_at(-1, interrupt), kind=kind)
     with pytest.raises(KeyboardInterrupt): full_run(net(), tmp_path / "run.pt", stop_at(11, interrupt), kind=kind)
+    rate = torch.load(tmp_path / "run.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"]
+    if kind != "sequence": assert rate < 0.05  # the schedule has moved it before the interruption
     resumed = net(seed=9)
     pd.testing.assert_frame_equal(full_run(resumed, tmp_path / "run.pt", stop_at(-1, interrupt), kind=kind), history, check_exact=True)
     assert same(resumed, whole)
@@ -140,6 +143,53 @@ def test_a_loader_resumes_with_its_own_generator(tmp_path):
     run(whole, 4)
     run(resumed, 2, tmp_path / "run.pt")
     run(resumed := net(seed=1), 4, tmp_path / "run.pt")
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batch_sampler", "valid"])
+def test_a_loader_resumes_with_the_generator_of_its_sampler(tmp_path, kind):
+    def run(model, epochs, path=None):
+        data, own = TensorDataset(*toy()), torch.Generator().manual_seed(3)
+        sampler = RandomSampler(data, generator=own)
+        mixed = DataLoader(data, batch_sampler=BatchSampler(sampler, 16, False)) if kind == "batch_sampler" else DataLoader(data, 16, sampler=sampler)
+        plain = DataLoader(data, 16)
+        return fit(model, plain if kind == "valid" else mixed, F.cross_entropy, valid=mixed if kind == "valid" else None,
+                   metrics={"first": lambda output, y: y[0].float()} if kind == "valid" else None, epochs=epochs, checkpoint=path)
+    whole, resumed = net(), net(seed=1)
+    history = run(whole, 4)
+    run(net(), 2, tmp_path / "run.pt")
+    pd.testing.assert_frame_equal(run(resumed, 4, tmp_path / "run.pt"), history, check_exact=True)
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.randn])
+def test_global_random_numbers_resume(tmp_path, draw):
+    def noisy(output, y): return (1 + 0.1 * draw()) * F.cross_entropy(output, y)
+    def run(model, epochs, path=None): return fit(model, toy(), noisy, epochs=epochs, batch_size=20, checkpoint=path)
+    whole, resumed = net(), net(seed=1)
+    run(whole, 4)
+    run(net(), 2, tmp_path / "run.pt")  # an odd number of Gaussians would leave half a pair, too
+    draw()
+    run(resumed, 4, tmp_path / "run.pt")
+    assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_several_functions_after_a_step_resume(tmp_path, kind):
+    def run(model, epochs, path=None):
+        pair = model[0], model[2]
+        tie, steps = TiePenalty([(pair[0].weight, pair[1].weight)], strength=0.5), []
+        schedule = anneal(tie, 0.1, 10.0, 16)
+        fit(model, toy(), F.cross_entropy, epochs=epochs, batch_size=16, checkpoint=path,
+            after_step=kind([schedule, lambda step: proximal_(tie, 0.1), steps.append]))
+        return schedule.done, steps
+    def make(seed):
+        set_seed(seed)
+        return nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    whole, resumed = make(0), make(1)
+    assert run(whole, 4) == (16, list(range(1, 17)))
+    run(make(0), 2, tmp_path / "run.pt")
+    assert run(resumed, 4, tmp_path / "run.pt") == (16, list(range(9, 17)))
     assert same(whole, resumed)
 
 
@@ -313,6 +363,39 @@ def test_overflow_in_float16_is_left_to_the_scaler():
     assert len(history) == 1 and torch.equal(model.weight, before)
 
 
+def test_after_step_does_not_run_on_a_step_that_the_scaler_skips():
+    model, steps, weights = nn.Linear(2, 1, bias=False), [], []
+    def loss(output, y):  # overflows at the initial scale of 65536, not at a quarter of it
+        weights.append(model.weight.detach().clone())
+        return output.float().mean() * 2.0
+    fit(model, (torch.full((4, 2), 1.0), torch.zeros(4)), loss, amp=torch.float16, epochs=5, after_step=steps.append)
+    moved = [i for i, (a, b) in enumerate(zip(weights, weights[1:]), 1) if not torch.equal(a, b)]
+    assert moved and moved[0] > 1 and steps == [*moved, 5]
+
+
+def test_a_run_whose_every_step_is_skipped_stops(tmp_path):
+    model, steps = nn.Linear(2, 1, bias=False), []
+    before = model.weight.detach().clone()
+    def root(): return (model.weight - model.weight.detach()).pow(2).sum().sqrt()
+    def run(epochs, path=None): return fit(model, (torch.ones(4, 2), torch.zeros(4)), lambda output, y: output.float().mean(), amp=torch.float16,
+                                           penalty=root, epochs=epochs, after_step=steps.append, checkpoint=path)
+    assert len(run(19, tmp_path / "run.pt")) == 19
+    for path in (None, tmp_path / "run.pt"):
+        with pytest.raises(FloatingPointError, match=r"a gradient is not finite at step 20 \(epoch 20\).*'weight'; 20 steps in a row were skipped"): run(30, path)
+    assert torch.equal(model.weight, before) and steps == []
+
+
+def test_a_validation_loss_that_is_nan_stops_an_early_stop():
+    calls = []
+    def loss(output, y):
+        calls.append(torch.is_grad_enabled())
+        return F.cross_entropy(output, y) * (math.nan if calls.count(False) == 3 and not calls[-1] else 1)
+    with pytest.raises(FloatingPointError, match="the validation loss is nan after epoch 3"):
+        fit(net(), toy(), loss, valid=toy(30), patience=5)
+    calls.clear()
+    assert len(fit(net(), toy(), loss, valid=toy(30))) == 10
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", [None, torch.float16, torch.bfloat16])
 def test_trains_resumes_and_stops_on_a_gpu(tmp_path, amp):
@@ -447,6 +530,7 @@ BAD = {
     "penalty, shape": (dict(penalty=lambda: torch.zeros(3)), ValueError, "penalty: returned shape (3,)"),
     "penalty, no function": (dict(penalty=0.1), TypeError, "penalty: got 0.1, expected a function"),
     "after_step, no function": (dict(after_step=1), TypeError, "after_step: got 1, expected a function"),
+    "after_step, list": (dict(after_step=[print, 1]), TypeError, "after_step: got 1, expected a function or a list of functions"),
     "optimizer, no optimizer": (dict(optimizer="adam"), TypeError, "optimizer: got str, expected a torch optimizer"),
     "optimizer of another model": (dict(optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())), ValueError, "none of the model's 6 parameters"),
     "scheduler alone": (dict(scheduler=torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD([X]), 0.5)), ValueError, "scheduler: got one without `optimizer`"),
