@@ -1,6 +1,7 @@
 "The tying penalty: who is tied, the dial, the steps beside the optimizer, and what it refuses."
 import copy
 import math
+from datetime import timedelta
 
 import pytest
 import torch
@@ -554,12 +555,12 @@ def test_anything_but_a_penalty_is_refused(call):
     with pytest.raises(TypeError, match="penalty: a TiePenalty is expected, got NoneType"): call(None)
 
 
-def sharded(rank, world, port):
+def sharded(rank, world, meeting):
     "One process of FSDP2: every distance, its gradient and a proximal step equal the unsharded ones."
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     try:
         mesh = init_device_mesh("cpu", (world,))
         for distance in DISTANCES:
@@ -577,9 +578,5 @@ def sharded(rank, world, port):
     finally: dist.destroy_process_group()
 
 
-def test_two_processes_of_fsdp2_equal_one():
-    import socket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(sharded, (2, port), nprocs=2)
+def test_two_processes_of_fsdp2_equal_one(tmp_path):
+    torch.multiprocessing.spawn(sharded, (2, tmp_path / "meeting"), nprocs=2)
