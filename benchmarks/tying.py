@@ -34,13 +34,14 @@ def candidates(a, b, fresh):
     def loop(): (STRENGTH * sum((x - y).pow(2).sum() for x, y in zip(a.parameters(), b.parameters()))).backward()
     def autograd(): penalty().backward()
     def one_pass(): accumulate_grad_(penalty)
+    def compiled(): accumulate_grad_(penalty, compiled=True)
 
     def prepared(function):
         def run():
             for p in parameters if fresh else (): p.grad = None
             function()
         return run
-    return {name: prepared(f) for name, f in {"loop": loop, "penalty().backward()": autograd, "accumulate_grad_": one_pass}.items()}
+    return {name: prepared(f) for name, f in {"loop": loop, "penalty().backward()": autograd, "accumulate_grad_": one_pass, "accumulate_grad_, compiled": compiled}.items()}
 
 
 def main(device):

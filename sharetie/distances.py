@@ -7,7 +7,7 @@ __all__ = ['DISTANCES', 'pair_distances', 'can_add_slopes', 'add_slopes_', 'shri
 
 # %% ../nbs/04_distances.ipynb #3aba1028
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from numbers import Real
 
 import torch
@@ -25,10 +25,10 @@ def _rho_sum(kind, d, delta):
 
 
 def _rho_slope_(kind, d, delta):
-    "Turn a difference `d` into ρ'(d), in place."
-    if kind == "l1": return d.sign_()
-    if kind == "huber": return d.clamp_(-delta, delta)
-    return d.mul_(2)
+    "Turn a difference `d`, in place, into a slope, which times the second output is ρ'(d)."
+    if kind == "l1": return d.sign_(), 1
+    if kind == "huber": return d.clamp_(-delta, delta), 1
+    return d, 2
 
 # %% ../nbs/04_distances.ipynb #2babd1d9
 def _plain_sums(kind, delta, x, y):
@@ -57,14 +57,15 @@ def _pieces(*tensors):
 
 
 def _scratch(tensors):
-    "Room for a piece's difference, by the type that it is summed in."
+    "Room for a piece's difference, by the device and the type that it is summed in."
     size = min(_CHUNK, max(map(torch.numel, tensors)))
-    return {dtype: torch.empty(size, dtype=dtype) for dtype in set(map(_sum_dtype, tensors))}
+    kinds = {(t.device, _sum_dtype(t)) for t in tensors}
+    return {kind: torch.empty(size, device=kind[0], dtype=kind[1]) for kind in kinds}
 
 
 def _difference(a, b, scratch):
     "The difference of two flat pieces in `scratch`."
-    d = scratch[_sum_dtype(a)][:a.numel()]
+    d = scratch[a.device, _sum_dtype(a)][:a.numel()]
     return torch.sub(a, b, out=d) if a.dtype == d.dtype else d.copy_(a).sub_(b)
 
 # %% ../nbs/04_distances.ipynb #2b21c930
@@ -102,30 +103,31 @@ def _write_slopes(kind, delta, factor, pair, grads, scratch):
     "Write `factor`·ρ'(x - y) to the gradient of x, its negative to that of y; None is left out."
     outs = [(grad, sign * factor) for grad, sign in zip(grads, (1, -1)) if grad is not None]
     for a, b, *pieces in _pieces(*pair, *(grad for grad, _ in outs)):
-        slope = _rho_slope_(kind, _difference(a, b, scratch), delta)
-        for piece, (_, scale) in zip(pieces, outs): torch.mul(slope, scale, out=piece)
+        slope, times = _rho_slope_(kind, _difference(a, b, scratch), delta)
+        for piece, (_, scale) in zip(pieces, outs): torch.mul(slope, times * scale, out=piece)
 
 # %% ../nbs/04_distances.ipynb #112929cd
-def _buckets(x, y):
-    "Cut lists of tensors into runs of about `_BUCKET` elements."
+def _buckets(x, y, elements=_BUCKET):
+    "Cut lists of tensors into runs of about so many `elements`."
     start = size = 0
     for i, tensor in enumerate(x):
         size += tensor.numel()
-        if size >= _BUCKET or i == len(x) - 1:
+        if size >= elements or i == len(x) - 1:
             yield x[start:i + 1], y[start:i + 1]
             start, size = i + 1, 0
 
 
-def _is_plain_cpu(tensor):
-    "Can `_pieces` walk this tensor?"
-    plain = type(tensor) in (Tensor, nn.Parameter)
-    return plain and tensor.device.type == "cpu" and tensor.is_contiguous()
+def _is_plain(tensor):
+    "Is it a dense contiguous tensor of values, and no subclass?"
+    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return dense and tensor.device.type != "meta" and tensor.is_contiguous()
 
 
 def _pair_sums(kind, delta, x, y):
     "Per pair the sum of ρ(x - y): shape (pairs,), float32 or float64."
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if plain or not all(map(_is_plain_cpu, (*x, *y))): return _plain_sums(kind, delta, x, y)
+    by_pieces = all(t.device.type == "cpu" and _is_plain(t) for t in (*x, *y))
+    if plain or not by_pieces: return _plain_sums(kind, delta, x, y)
     return torch.cat([_PairSums.apply(kind, delta, *a, *b) for a, b in _buckets(x, y)])
 
 # %% ../nbs/04_distances.ipynb #055aa70f
@@ -171,14 +173,82 @@ def _check_pairs(x, y, distance, delta):
             raise TypeError(f"x[{i}] is {a.dtype}, y[{i}] is {b.dtype}; one floating point type is expected")
 
 # %% ../nbs/04_distances.ipynb #d9e40a5f
+def _add_pieces(kind, delta, x, y, factors):
+    "Walk contiguous tensors piece by piece; (pairs,) the distances."
+    scratch, sums = _scratch(x), []
+    for a, b, factor in zip(x, y, factors):
+        outs = [(*_grad_of(t), sign * factor) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
+        total = 0
+        for u, v, *pieces in _pieces(a, b, *(grad for grad, _, _ in outs)):
+            d = _difference(u, v, scratch)
+            total = total + _rho_sum(kind, d, delta)
+            slope, times = _rho_slope_(kind, d, delta)
+            for piece, (_, fresh, scale) in zip(pieces, outs):
+                if fresh: torch.mul(slope, times * scale, out=piece)
+                else: piece.add_(slope, alpha=times * scale)
+        sums.append(total)
+    return torch.stack(sums)
+
+
+def _grad_of(tensor):
+    "Its gradient, and whether that is fresh memory, still to be written."
+    fresh = tensor.grad is None
+    if fresh: tensor.grad = torch.empty_like(tensor)
+    return tensor.grad, fresh
+
+# %% ../nbs/04_distances.ipynb #9ed7aff0
+def _add_lists(kind, delta, x, y, factors):
+    "Walk tensors on any device by kernels over lists; (pairs,) the distances."
+    sums, factors = [], iter(factors)
+    for a, b in _buckets(x, y, 32 * _BUCKET):
+        d = torch._foreach_sub(_accurate(a), _accurate(b))
+        sums += [_rho_sum(kind, v.flatten(), delta) for v in d]
+        slopes, times = zip(*(_rho_slope_(kind, v, delta) for v in d))
+        torch._foreach_mul_(slopes, [n * next(factors) for n in times])
+        for tensors, add_ in ((a, torch._foreach_add_), (b, torch._foreach_sub_)):
+            trained = [(t, slope) for t, slope in zip(tensors, slopes) if t.requires_grad]
+            for t, _ in trained: t.grad = torch.zeros_like(t) if t.grad is None else t.grad
+            if trained: add_([t.grad for t, _ in trained], [slope for _, slope in trained])
+    return torch.stack(sums)
+
+# %% ../nbs/04_distances.ipynb #5fbdd740
+def _add_compiled(kind, delta, x, y, factors):
+    "Walk contiguous tensors by one compiled kernel per pair; (pairs,) the distances."
+    sums = []
+    for a, b, factor in zip(x, y, factors):
+        outs = [(*_grad_of(t), sign) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
+        grads, fresh, signs = zip(*outs) if outs else ((), (), ())
+        walk, compiled = _walk(kind, delta, fresh, signs)
+        flat = [t.detach().view(-1) for t in (a, b, *grads)]
+        factor = torch.tensor(factor, dtype=_sum_dtype(a), device=a.device)
+        sums.append((compiled if a.numel() >= _SMALL else walk)(factor, *flat))
+    return torch.stack(sums)
+
+
+_SMALL = 4096  # elements below which a kernel of its own would save nothing
+
+
+@cache
+def _walk(kind, delta, fresh, signs):
+    "The walk over a pair, plain and compiled, for gradients that are `fresh` or not, of these signs."
+    def walk(factor, a, b, *grads):
+        d = a.to(_sum_dtype(a)) - b.to(_sum_dtype(b))
+        total = _rho_sum(kind, d, delta)
+        slope, times = _rho_slope_(kind, d, delta)
+        for grad, new, sign in zip(grads, fresh, signs):
+            (grad.copy_ if new else grad.add_)(slope * (sign * times * factor))
+        return total
+    return walk, torch.compile(walk, dynamic=True)
+
+# %% ../nbs/04_distances.ipynb #4ff245c2
 def can_add_slopes(
     x: Sequence[Tensor],  # leaves of the graph, such as Parameters
     y: Sequence[Tensor],  # the same
     distance: str,  # one of `DISTANCES`
 ) -> bool:
-    "Can `add_slopes_` walk these pairs: contiguous CPU tensors, a distance that is a sum over elements?"
+    "Can `add_slopes_` walk these pairs: dense contiguous tensors, a distance that is a sum over elements?"
     grads = [t.grad for t in (*x, *y) if t.requires_grad and t.grad is not None]
-    return distance in DISTANCES[:3] and all(map(_is_plain_cpu, (*x, *y, *grads)))
+    return distance in DISTANCES[:3] and all(map(_is_plain, (*x, *y, *grads)))
 
 
 @torch.no_grad()
@@ -188,6 +258,7 @@ def add_slopes_(
     factors: Sequence[float],  # one per pair
     distance: str = "squared_l2",  # "squared_l2", "l1" or "huber"
     delta: float = 1.0,  # for "huber", in units of the weights
+    compiled: bool = False,  # by kernels of `torch.compile`, which the first call makes?
 ) -> Tensor:  # (pairs,) the distances, without the factors
     """Add the slope of factor·distance to the `.grad` of every tensor that is trained, in one pass.
 
@@ -197,19 +268,10 @@ def add_slopes_(
     if not fine: raise ValueError(f"factors: {len(x)} finite numbers are expected, got {list(factors)}")
     if not all(t.is_leaf for t in (*x, *y)): raise ValueError("x, y: leaves of the graph are expected")
     if not can_add_slopes(x, y, distance):
-        raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous CPU tensors")
-    scratch, sums = _scratch(x), []
-    for a, b, factor in zip(x, y, factors):
-        for t in (a, b):
-            if t.requires_grad and t.grad is None: t.grad = torch.zeros_like(t)
-        outs = [(t.grad, sign * factor) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
-        sums.append(torch.zeros((), dtype=_sum_dtype(a)))
-        for u, v, *pieces in _pieces(a, b, *(grad for grad, _ in outs)):
-            d = _difference(u, v, scratch)
-            sums[-1] += _rho_sum(distance, d, delta)
-            slope = _rho_slope_(distance, d, delta)
-            for piece, (_, scale) in zip(pieces, outs): piece.add_(slope, alpha=scale)
-    return torch.stack(sums)
+        raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous dense tensors")
+    by_lists = all(t.device.type != "cpu" for t in x) and len({*x, *y}) == 2 * len(x)
+    add = _add_compiled if compiled else _add_lists if by_lists else _add_pieces
+    return add(distance, delta, x, y, factors)
 
 # %% ../nbs/04_distances.ipynb #7e2149cf
 def shrink(

@@ -140,6 +140,7 @@ class TiePenalty(_Compared):
 def accumulate_grad_(
     penalty: TiePenalty,  # the penalty whose members' `.grad` is added to
     scale: float = 1.0,  # ≥ 0, factor of the gradient, such as that of a gradient scaler
+    compiled: bool = False,  # walk by kernels of `torch.compile`, which the first call makes?
 ) -> Tensor:  # scalar, the penalty itself, detached and without `scale`
     """Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`.
 
@@ -152,7 +153,7 @@ def accumulate_grad_(
     direct = own.issuperset(id(t) for t in (*x, *y))  # no map and no mean in between
     if direct and can_add_slopes(x, y, penalty.distance):
         factors = (scale * penalty._weights).tolist()
-        distances = add_slopes_(x, y, factors, penalty.distance, penalty.delta)
+        distances = add_slopes_(x, y, factors, penalty.distance, penalty.delta, compiled)
         return penalty._weighted(distances)
     with torch.enable_grad(): value = penalty()
     for t, grad in zip(moving, torch.autograd.grad(value * scale, moving) if moving else ()):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from sharetie.distances import DISTANCES, _plain_sums, add_slopes_, pair_distances, shrink
+from sharetie.distances import DISTANCES, _add_compiled, _add_lists, _add_pieces, _plain_sums, add_slopes_, pair_distances, shrink
 
 SUMS = ("squared_l2", "l1", "huber")
 SHAPES = [(2, 3), (), (0,), (7,), (1 << 20) + 5, (1100, 1000)]  # empty, scalar, one and several pieces and buckets
@@ -103,6 +103,45 @@ def test_one_pass_adds_to_gradients_that_are_there():
     expected = torch.autograd.grad(2 * _plain_sums("squared_l2", 1.0, x, y).sum(), x)
     add_slopes_(x, y, [2.0] * len(x))
     for t, grad in zip(x, expected): torch.testing.assert_close(t.grad, grad + 1)
+
+
+def walked(walk, kind, dtype, grads, device="cpu"):
+    "Distances and gradients of one walk over a few shapes, some of them odd."
+    torch.manual_seed(1)
+    x = [torch.randn(shape, dtype=dtype, device=device).requires_grad_() for shape in ((3, 4), (1,), (5000,), (0,), ())]
+    y = [torch.randn_like(t).requires_grad_(grads != "frozen") for t in x]
+    for t in (*x, *y):
+        if grads == "kept" and t.requires_grad: t.grad = torch.ones_like(t)
+    with torch.no_grad(): distances = walk(kind, 0.5, x, y, [1.0, 2.0, 3.0, 4.0, 5.0])
+    return distances, [t.grad for t in (*x, *y)]
+
+
+@pytest.mark.parametrize("grads", ["fresh", "kept", "frozen"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["squared_l2", "l1", "huber"])
+def test_all_walks_agree(kind, dtype, grads):
+    by_pieces = walked(_add_pieces, kind, dtype, grads)
+    torch.testing.assert_close(walked(_add_lists, kind, dtype, grads), by_pieces)
+
+
+def test_the_compiled_walk_agrees():
+    for grads in ("fresh", "kept"):
+        torch.testing.assert_close(walked(_add_compiled, "squared_l2", torch.float32, grads), walked(_add_pieces, "squared_l2", torch.float32, grads))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("walk", [_add_pieces, _add_lists, _add_compiled])
+def test_walks_on_cuda_equal_those_on_the_cpu(walk):
+    for kind in ("squared_l2", "l1", "huber"):
+        torch.testing.assert_close(walked(walk, kind, torch.float64, "fresh", "cuda")[0].cpu(), walked(_add_pieces, kind, torch.float64, "fresh", "cuda")[0].cpu())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tensor_in_several_pairs_gets_every_slope(compiled):
+    a, b, c = (torch.randn(5000, requires_grad=True) for _ in range(3))
+    expected = torch.autograd.grad(pair_distances([a, a, b], [b, c, c]).sum(), (a, b, c))
+    add_slopes_([a, a, b], [b, c, c], [1.0, 1.0, 1.0], compiled=compiled)
+    for t, grad in zip((a, b, c), expected): torch.testing.assert_close(t.grad, grad)
 
 
 @pytest.mark.parametrize("call, message", [
