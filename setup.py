@@ -24,6 +24,6 @@ setup(
     packages=find_packages(include=["sharetie", "sharetie.*"]),
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], "console_scripts": [cfg["console_scripts"]]},
     zip_safe=False,
 )

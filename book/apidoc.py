@@ -1,11 +1,13 @@
 "How an exported symbol is shown: heading, source link, signature, docstring, table of parameters."
 import inspect
 import re
+import sys
 
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
 
 WIDTH = 76  # A longer signature gets a line for each parameter
+LONG = 40  # A longer default is shortened
 STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
@@ -35,7 +37,27 @@ def plain(obj):
     "`repr` without addresses; a function or class by its name, what a factory makes by dots."
     if repr(obj) == "<factory>": return "..."
     if inspect.isroutine(obj) or inspect.isclass(obj): return obj.__name__
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(obj))
+    return " ".join(re.sub(r" at 0x[0-9a-f]+", "", repr(obj)).split())
+
+
+def default(p, sym):
+    "A parameter's default: as it is, or where it is long by its name in the module, or shortened."
+    if p.default is p.empty: return ""
+    text = plain(p.default)
+    if isinstance(p.default, float) and len(text) > 8: return f"{p.default:.4g}"
+    if len(text) <= LONG: return text
+    named = next((k for k, v in vars(sys.modules[sym.__module__]).items() if v is p.default), None)
+    if named: return named
+    if m := re.match(r"(\w*[(\[{]).*([)\]}])$", text): return f"{m[1]}…{m[2]}"
+    return text[:LONG - 2] + "…" + (text[0] if text[0] in "'\"" else "")
+
+
+def shown_default(p, sym):
+    "The default for a table's cell; where it is shortened, pointing at it shows the whole."
+    short = default(p, sym)
+    if not short or short == plain(p.default): return code(short)
+    whole = re.sub(r"([\\\"|])", r"\\\1", plain(p.default))
+    return f'[{code(short)}]{{title="{whole}"}}'
 
 
 def kind(annotation):
@@ -61,7 +83,7 @@ def signature(sym, name):
     for p in parameters(sym):
         if p.kind == p.VAR_POSITIONAL: star = True
         if p.kind == p.KEYWORD_ONLY and not star: pieces.append("*"); star = True
-        pieces.append(STARS.get(p.kind, "") + p.name + ("" if p.default is p.empty else f"={plain(p.default)}"))
+        pieces.append(STARS.get(p.kind, "") + p.name + ("" if p.default is p.empty else f"={default(p, sym)}"))
     if inspect.isclass(sym) and not pieces: return f"class {name}"
     line = f"{name}({', '.join(pieces)})"
     if len(line) <= WIDTH: return line
@@ -73,7 +95,13 @@ def paragraphs(sym):
     if not inspect.getdoc(sym) or (inspect.isclass(sym) and not sym.__doc__): return []
     doc = re.sub(r"\n(?=(?:Raises|Source|From|Returns)\b)", "\n\n", inspect.getdoc(sym).strip())
     if inspect.isclass(sym) and doc.startswith(f"{sym.__name__}("): return []  # what dataclass makes up
-    return [p.strip("\n") for p in doc.split("\n\n")]
+    return [prose(p.strip("\n")) for p in doc.split("\n\n")]
+
+
+def prose(text):
+    "A docstring's text with its angle brackets kept from being taken for HTML."
+    parts = re.split(r"(`+[^`]*`+|<https?://[^>]*>)", text or "")
+    return "".join(part if i % 2 else re.sub(r"<(?=[A-Za-z/!?])", r"\<", part) for i, part in enumerate(parts))
 
 
 def cell(text):
@@ -87,13 +115,12 @@ def table(sym):
     except (OSError, TypeError): return []
     rows, fields = [], field_notes(sym)
     for p in parameters(sym):
-        default = "" if p.default is p.empty else f"`{plain(p.default)}`"
         note = notes.get(p.name, {}).get("docment") or fields.get(p.name)
-        rows.append((f"`{STARS.get(p.kind, '')}{p.name}`", code(kind(p.annotation)), default, cell(note)))
+        rows.append((f"`{STARS.get(p.kind, '')}{p.name}`", code(kind(p.annotation)), shown_default(p, sym), cell(prose(note))))
     back = notes.get("return") or {}
     if not any(r[3] for r in rows) and not back.get("docment"): return []
     if back.get("docment") and not inspect.isclass(sym):
-        rows.append(("*returns*", code(kind(back.get("anno", inspect.Parameter.empty))), "", cell(back["docment"])))
+        rows.append(("*returns*", code(kind(back.get("anno", inspect.Parameter.empty))), "", cell(prose(back["docment"]))))
     head = ["| Parameter | Type | Default | Meaning |", "|:----|:------|:----|:------------|"]
     return ["\n".join(head + [f"| {' | '.join(r)} |" for r in rows])]
 

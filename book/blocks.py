@@ -16,6 +16,7 @@ import pypandoc
 import yaml
 
 from outline import BookError
+from tables import mended
 
 MARKER = re.compile(r"<!--cell (\d+)-->")
 OPTION = re.compile(r"^#\|\s*([\w-]+)\s*:\s*(.+?)\s*$")
@@ -123,11 +124,13 @@ def text(tree):
 
 def elements(tree):
     "Every element of `tree`, parents first, in the order of the text."
-    if isinstance(tree, list):
-        for x in tree: yield from elements(x)
-    elif isinstance(tree, dict):
-        if "t" in tree: yield tree
-        for value in tree.values(): yield from elements(value)
+    left = [tree]
+    while left:
+        x = left.pop()
+        if isinstance(x, dict):
+            if "t" in x: yield x
+            left += reversed(x.values())
+        elif isinstance(x, list): left += reversed(x)
 
 
 def walk(tree, f):
@@ -168,7 +171,7 @@ def cell_blocks(i, cell, place, stem, mark=()):
             files |= more
     label = str(opts.get("label", ""))
     if caption: blocks = captioned(blocks, label, [*mark, *(x for b in caption["c"][1] for x in b["c"])])
-    return [div(["cell"], *blocks)] if blocks else [], files
+    return [div(["cell", *str(opts.get("classes", "")).split()], *blocks)] if blocks else [], files
 
 
 def source_blocks(source, opts):
@@ -185,7 +188,7 @@ def output_blocks(out, written, name, opts):
     kind = mime(out)
     if written is not None: return [div(["output", "output-text"], *written)], {}
     if out.output_type == "stream": return [plain_output("".join(out.text))], {}
-    if kind == "text/html": return [div(["output", "table-wrap"], raw(html_table("".join(out.data[kind]))), tabindex=0)], {}
+    if kind == "text/html": return [div(["output", "table-wrap"], raw(mended("".join(out.data[kind]))))], {}
     if kind in IMAGES:
         file = f"figures/{name}.{IMAGES[kind]}"
         content = "".join(out.data[kind])
@@ -200,14 +203,6 @@ def output_blocks(out, written, name, opts):
 def plain_output(content):
     content = textwrap.dedent(content).strip("\n") if content.startswith("\n") else content.rstrip("\n")
     return div(["output", "output-plain"], node("CodeBlock", attr("", ["plain"]), content))
-
-
-def html_table(source):
-    "An HTML output as it is to be shown: the table alone, without pandas' own looks."
-    source = re.sub(r"<style.*?</style>", "", source, flags=re.S)
-    source = re.sub(r' (?:border="1"|style="text-align: \w+;")', "", source)
-    source = re.sub(r"<td>(?=[^<\d]*[A-Za-z]{4}[^<]*</td>)", '<td class="words">', source)
-    return re.sub(r"^\s+|\n\s*(?=<)", "", re.sub(r"</?div>", "", source))
 
 
 def image_size(content, declared):

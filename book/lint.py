@@ -15,7 +15,7 @@ from refs import NAMES, OTHER_KINDS, Page, callout_titles, check, equations, gat
 
 CALLOUTS = ["note", "tip", "warning", "important", "caution"]
 KNOWN = {"default_exp", "export", "exporti", "hide", "eval", "echo", "output", "include",
-         "label", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary"}
+         "label", "classes", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary"}
 FENCE = re.compile(r"^(`{3,}|~{3,}).*?^\1\s*$", re.M | re.S)
 CAPTIONS = {"fig": "fig-cap", "tbl": "tbl-cap"}
 
@@ -77,6 +77,7 @@ def code_problems(cell):
     if label and (kind not in CAPTIONS or not re.fullmatch(r"[a-z]+-[a-z0-9-]+", label)):
         yield f"the label {label!r} must be fig-name or tbl-name, of lower-case letters, digits and hyphens"
     elif label and CAPTIONS[kind] not in opts: yield f"{label} has no {CAPTIONS[kind]}"
+    if opts.get("classes", "true-colors") != "true-colors": yield f"the class {opts['classes']!r}; there is only true-colors, for images that stay as they are in the dark"
     for cap in CAPTIONS.values():
         if cap in opts and CAPTIONS.get(kind) != cap: yield f"{cap} without a label {cap[:3]}-name"
     if label and not cell.outputs and not {"hide"} & set(given): yield f"{label} has no saved output; run make chapters"

@@ -21,7 +21,13 @@
     root.classList.toggle("menu-open", yes)
     menu.setAttribute("aria-expanded", yes)
   }
-  menu.addEventListener("click", () => open(!root.classList.contains("menu-open")))
+  const current = document.querySelector("#sidebar [aria-current]")
+  const bringUp = () => {  // the chapter that is read, in a list that is longer than the screen
+    const list = document.getElementById("sidebar")
+    if (current) list.scrollTop += current.getBoundingClientRect().top - list.getBoundingClientRect().top - list.clientHeight / 2
+  }
+  bringUp()
+  menu.addEventListener("click", () => { open(!root.classList.contains("menu-open")); bringUp() })
   document.addEventListener("keydown", e => {
     if (e.key === "Escape" && root.classList.contains("menu-open")) { open(false); menu.focus() }
   })
@@ -50,10 +56,33 @@
     return done
   }
 
-  // Code and outputs that scroll can be reached with the keyboard.
-  for (const box of document.querySelectorAll("pre")) {
-    if (box.scrollWidth > box.clientWidth || box.scrollHeight > box.clientHeight) box.tabIndex = 0
+  // What scrolls in its place can be reached and moved with the keyboard, and has a name.
+  const boxes = [...document.querySelectorAll("article :is(pre, .table-wrap, .formula, .long-formula)")]
+  const label = box => {
+    if (box.matches(".formula, .long-formula")) return "Formula"
+    const caption = box.closest("figure")?.querySelector(".caption-number")
+    if (box.matches(".table-wrap")) return caption ? caption.textContent : "Table"
+    return box.closest(".output") ? "Output" : "Code"
   }
+  const reach = () => {
+    for (const [box, scrolls] of boxes.map(b => [b, b.scrollWidth > b.clientWidth + 1 || b.scrollHeight > b.clientHeight + 1])) {
+      if (!scrolls) { for (const name of ["tabindex", "role", "aria-label"]) box.removeAttribute(name); continue }
+      box.tabIndex = 0
+      box.setAttribute("role", "region")
+      box.setAttribute("aria-label", label(box) + ", scrolls")
+    }
+  }
+  // On paper nothing scrolls: what is wider than a page of A4 is printed smaller.
+  const PAPER = 172 / 25.4 * 96, ROOT = 11 / 72 * 96  // width of the text and size of the root's letters there, in CSS pixels
+  const scale = PAPER / ROOT * parseFloat(getComputedStyle(root).fontSize)
+  for (const [box, width] of boxes.map(b => [b, b.scrollWidth])) {
+    const room = box.matches(".formula") ? .9 * scale : scale  // the number stands beside a formula
+    if (width > room) box.style.setProperty("--print-zoom", (Math.floor(100 * room / width) / 100))
+  }
+  reach()
+  addEventListener("resize", reach)
+  document.addEventListener("toggle", reach, true)
+  document.fonts.ready.then(reach)
 
   // Mark in the table of contents where the reader is.
   const links = new Map()

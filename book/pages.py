@@ -1,4 +1,4 @@
-"The pages of the site: the chapters' trees in the frame of page.html, and the index that search.js reads."
+"The pages of the site: the chapters' trees in the frame of page.html."
 import html
 import json
 import re
@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from blocks import elements, pandoc, raw, text, walk
+from blocks import elements, pandoc, raw, walk
+from finder import search_index
 
 HERE = Path(__file__).parent
 ASSETS = ["book.css", "page.js", "search.js"]
@@ -20,8 +21,9 @@ def write_site(book, pages, folder):
     frame = (HERE / "page.html").read_text(encoding="utf-8")
     (folder / "assets").mkdir(parents=True)
     for name in ASSETS: shutil.copyfile(HERE / name, folder / "assets" / name)
-    (folder / "assets" / "search-index.js").write_text(search_index(pages), encoding="utf-8")
     with ThreadPoolExecutor() as pool: bodies = list(pool.map(lambda p: body(p, book.bibliography), pages))
+    index = search_index([(p.chapter.page, inline(p.chapter.title), f"<p>{inline(p.chapter.description)}</p>{main}") for p, (_, main) in zip(pages, bodies)])
+    (folder / "assets" / "search-index.js").write_text(index, encoding="utf-8")
     for page, (toc, main) in zip(pages, bodies):
         fields = page_fields(book, page, pages) | {"toc": toc, "body": main}
         (folder / page.chapter.page).write_text(fill(frame, fields), encoding="utf-8")
@@ -93,7 +95,7 @@ def chapters(pages, here):
             part = c.part
         now = ' aria-current="page"' if page is here else ""
         number = f'<span class="number">{c.number}</span> ' if c.number else ""
-        out.append(f'<li><a href="{c.page}"{now}>{number}{inline(c.title)}</a></li>')
+        out.append(f'<li><a href="{c.page}"{now}>{number}<span>{inline(c.title)}</span></a></li>')
     return "\n".join(out + (["</ul></li>"] if part is not None else []))
 
 
@@ -115,39 +117,3 @@ def copy_images(sources, folder, pages):
                 target = folder / e["c"][2][0]
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
-
-
-# Search
-
-def search_index(pages):
-    "The sections of all pages as a script: [page, anchor, chapter, heading, kind, text] for each."
-    entries = [entry for page in pages for entry in sections(page)]
-    data = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    return f"window.bookIndex = {data};\n"
-
-
-def sections(page):
-    "The sections of one page; an API entry is one too."
-    title = re.sub(r"[`*$]", "", page.chapter.title)
-    found = [[page.chapter.page, "", title, title, "page", page.chapter.description]]
-
-    def visit(blocks, kind="section"):
-        for b in blocks:
-            t, c = b["t"], b.get("c")
-            if t == "Header" and c[1][0]:
-                heading = text([x for x in c[2] if x["t"] != "Link"]).strip()
-                found.append([page.chapter.page, c[1][0], title, heading, kind, ""])
-            elif t == "Div" and not folded(c): visit(c[1], "api" if "api" in c[0][1] else kind)
-            elif t not in ("Div", "RawBlock"): found[-1][5] += " " + ("" if is_source_link(b) else text(b))
-    visit(page.blocks)
-    return [[*e[:5], " ".join(e[5].split())] for e in found]
-
-
-def is_source_link(block):
-    return block["t"] == "Plain" and bool(block["c"]) and block["c"][0]["t"] == "Link" and "api-source" in block["c"][0]["c"][0][1]
-
-
-def folded(content):
-    "Is a block an output, or source that the page shows folded?"
-    (_, classes, _), blocks = content
-    return "output" in classes or "cell" in classes and blocks[0]["t"] == "RawBlock" and "<details" in blocks[0]["c"][1]

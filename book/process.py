@@ -4,12 +4,15 @@ Exported cells give way to the API entries of what they define, hidden cells go,
 No cell runs: entries come from the exported modules, other outputs are those saved in the notebooks.
 """
 import ast
+import base64
+import io
 import re
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 import yaml
+from PIL import Image
 from execnb.nbio import read_nb, write_nb
 from fastcore.xtras import dict2obj
 from nbdev.config import get_config
@@ -18,12 +21,13 @@ from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, insert_wa
 from nbdev.showdoc import show_doc
 
 from apidoc import Entry
-from blocks import definitions
+from blocks import definitions, directives
 from outline import BookError
+from tables import mended
 
 EXPORT = re.compile(r"^#\|\s*export\s*$", re.M)
+CHART = .5  # The share of white from which an image counts as a chart
 SHORT = 20  # Lines of source that are shown unfolded where no API entry stands for them
-STYLE = re.compile(r"<style.*?</style>\s*", re.S)
 
 
 def prepare(nb):
@@ -93,7 +97,7 @@ def entries(chapters):
 
 
 def repair(nb, home, known):
-    "Mend what nbdev leaves: odd keys, links that are absolute, in headings or to no entry; `home` is the site's address."
+    "Mend what nbdev and pandas leave: odd keys, links that are absolute, in headings or to no entry, tables; `home` is the site's address."
     for cell in nb.cells:
         cell.pop("has_sd", None)
         if cell.cell_type == "markdown": cell.source = local(cell.source, home, known)
@@ -101,7 +105,7 @@ def repair(nb, home, known):
             if out.output_type == "execute_result": out["execution_count"] = 0
             data = out.get("data", {})
             if "text/markdown" in data: data["text/markdown"] = local("".join(data["text/markdown"]), home, known)
-            if "text/html" in data: data["text/html"] = STYLE.sub("", "".join(data["text/html"]))
+            if "text/html" in data: data["text/html"] = mended("".join(data["text/html"]))
         if cell.cell_type == "code": cell["execution_count"] = cell.get("execution_count") or 0
 
 
@@ -112,6 +116,20 @@ def local(text, home, known):
         return f"[{m[1]}]({target})" if target else m[1]
     text = re.sub(r"\[(`[^`]*`)\]\(" + re.escape(home) + r"([^)\s]*)\)", mend, text)
     return re.sub(r"^(#+ .*)$", lambda m: re.sub(r"\[(`[^`]*`)\]\([^)]*\)", r"\1", m[1]), text, flags=re.M)
+
+
+def mark_pictures(nb):
+    "Give the cells whose image is no chart on white the class `true-colors`: dark pages turn the colors of charts only."
+    for cell in nb.cells:
+        if cell.cell_type != "code" or "classes" in directives(cell.source): continue
+        images = ["".join(o.data["image/png"]) for o in cell.outputs if "image/png" in o.get("data", {})]
+        if any(white(base64.b64decode(i)) < CHART for i in images): cell.source = f"#| classes: true-colors\n{cell.source}"
+
+
+def white(content):
+    "The share of white in an image."
+    pixels = Image.open(io.BytesIO(content)).convert("L").histogram()
+    return sum(pixels[250:]) / sum(pixels)
 
 
 def unnumber(nb):
@@ -128,6 +146,7 @@ def process(chapter, folder, known):
     prepare(nb)
     Filter()(nb)
     repair(nb, f"{config.doc_host.rstrip('/')}/{config.doc_baseurl.strip('/')}/", known)
+    mark_pictures(nb)
     if not chapter.numbered: unnumber(nb)
     write_nb(nb, folder / chapter.path.name)
     return read_nb(folder / chapter.path.name)

@@ -13,6 +13,8 @@ NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
 # Quarto's other kinds of cross references, which the book does not use.
 OTHER_KINDS = "lst tip nte wrn imp cau thm lem cor prp cnj def exm exr sol rem alg".split()
 EQUATION_LABEL = re.compile(r"^\{#(eq-[\w-]+)\}$")
+SHORT_CODE = 24  # Characters up to which code in a line is not broken
+LONG_TYPE = 26  # Characters from which a type in an API entry may wrap
 LONG_FORMULA = 40  # Characters of TeX from which a formula in a line may need to scroll on a narrow screen
 NBSP = "\N{NO-BREAK SPACE}"
 
@@ -202,6 +204,7 @@ def resolve(page, labels, pages_by_file):
     def change(e):
         t, c = e["t"], e.get("c")
         if t == "Cite": return reference(c[0], labels, page.chapter.page)
+        if t == "Code" and " " in c[1] and len(c[1]) <= SHORT_CODE: c[0][1].append("keep")
         if t == "Link": c[2][0] = page_link(c[2][0], pages_by_file)
         if t in ("Para", "Plain"): e["c"] = numbered(c, page.labels)
         if t == "Figure" and c[0][0] in page.labels: caption(c, page.labels[c[0][0]])
@@ -226,7 +229,11 @@ def api_entry(blocks):
     "Let an API entry's link to its source stand beside the heading, and its table fold on narrow screens."
     for b in blocks:
         if b["t"] == "Para" and b["c"][0]["t"] == "Link" and "api-source" in b["c"][0]["c"][0][1]: b["t"] = "Plain"
-        if b["t"] == "Div" and "table-wrap" in b["c"][0][1]: b["c"][0][1].append("api-parameters")
+        if b["t"] == "Div" and "table-wrap" in b["c"][0][1]:
+            b["c"][0][1].append("api-parameters")
+            for e in elements(b["c"][1]):
+                for cell in (cell for body in e["c"][4] for row in body[3] for cell in row[1][1:3]) if e["t"] == "Table" else ():
+                    if len(text(cell[4])) > LONG_TYPE: cell[0][1].append("wraps")
 
 
 def reference(citations, labels, here):
@@ -253,7 +260,7 @@ def page_link(target, pages_by_file):
 
 
 def numbered(inlines, labels):
-    "A paragraph with its equations numbered, and display formulas in boxes of their own."
+    "A paragraph with its equations numbered, display formulas in boxes of their own, and punctuation kept at its formula."
     out, found = [], {i: (j, id) for i, j, id in equations(inlines)}
     skip = -1
     for i, x in enumerate(inlines):
@@ -261,13 +268,14 @@ def numbered(inlines, labels):
         if i in found:
             skip, id = found[i]
             mark = node("Link", attr("", ["equation-number"], aria_label=f"Equation {labels[id].number}"), [node("Str", f"({labels[id].number})")], [f"#{id}", ""])
-            out.append(node("Span", attr(id, ["equation"]), [node("Span", attr("", ["formula"], tabindex=0), [x]), mark]))
+            out.append(node("Span", attr(id, ["equation"]), [node("Span", attr("", ["formula"]), [x]), mark]))
         elif x["t"] == "Math" and x["c"][0]["t"] == "DisplayMath":
-            out.append(node("Span", attr("", ["equation"]), [node("Span", attr("", ["formula"], tabindex=0), [x])]))
-        elif x["t"] == "Math" and len(x["c"][1]) > LONG_FORMULA:
-            stop = [y for y in inlines[i + 1:i + 2] if y["t"] == "Str" and y["c"] in ".,;:"]  # stays on the formula's line
-            skip = i + len(stop)
-            out.append(node("Span", attr("", ["long-formula"], tabindex=0), [x, *stop]))
+            out.append(node("Span", attr("", ["equation"]), [node("Span", attr("", ["formula"]), [x])]))
+        elif x["t"] == "Math":
+            after = [y for y in inlines[i + 1:i + 2] if y["t"] == "Str"]  # stays on the formula's line, as does a bracket before it
+            before = [out.pop()] if out and out[-1]["t"] == "Str" and out[-1]["c"][-1] in "([“‘" else []
+            skip, long = i + len(after), len(x["c"][1]) > LONG_FORMULA
+            out.append(node("Span", attr("", ["long-formula" if long else "keep"]), [*before, x, *after]) if long or before or after else x)
         else: out.append(x)
     return out
 
@@ -289,7 +297,7 @@ def table(content, labels):
     words, id = [x for b in content[1][1] for x in b["c"]], content[0][0]
     content[1] = [None, []]
     if id in labels: content[0][0] = ""
-    box = node("Div", attr("", ["table-wrap"], tabindex=0), [node("Table", *content)])
+    box = node("Div", attr("", ["table-wrap"]), [node("Table", *content)])
     return captioned([box], id, [*(mark(labels[id]) if id in labels else []), *words]) if words else [box]
 
 

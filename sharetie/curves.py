@@ -10,7 +10,6 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import pandas as pd
@@ -18,6 +17,8 @@ import torch
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 from torch import Tensor
+
+from .errors import function, need, one_of, real, whole
 
 # %% ../nbs/05_curves.ipynb #366abcc6
 def _columns(names, shared, group, count):
@@ -97,10 +98,9 @@ class CurveFit:
         level: float = 0.95,  # probability that the interval covers the true value
     ) -> tuple[Tensor, Tensor]:  # lower and upper end, in the shape of the estimate
         "Student's confidence interval; raises ValueError for an unknown name and a bad level."
-        if name not in self.estimates:
-            raise ValueError(f"name: no constant {name!r}, there are {list(self.estimates)}")
-        if not 0 < level < 1:
-            raise ValueError(f"level: a probability between 0 and 1 is expected, got {level!r}")
+        one_of(name, "name", self.estimates)
+        fine = 0 < real(level, "level") < 1
+        need(fine, "level", "a probability between 0 and 1", level)
         freedom = math.inf if self.noise_known else self.freedom
         reach = student.ppf((1 + level) / 2, freedom) * self.errors[name]
         return self.estimates[name] - reach, self.estimates[name] + reach
@@ -111,13 +111,21 @@ class CurveFit:
         f"{self.deviation:.4g}, {self.freedom:.4g} degrees of freedom")
 
 # %% ../nbs/05_curves.ipynb #cc104d5f
+def _numbers(value, argument):
+    "Real numbers as a tensor on the CPU; raise TypeError for anything else."
+    try: found = torch.as_tensor(value).detach().cpu()
+    except (TypeError, ValueError, RuntimeError): found = torch.tensor(True)
+    fine = not (found.dtype == torch.bool or found.is_complex())
+    need(fine, argument, "a number, or a tensor or list of numbers,", value, TypeError)
+    return found
+
+
 def _points(t, y, group, noise):
     "t, y, noise (n,), group as 0 … k-1 (n,), the k labels; raise where they do not fit."
-    t, y = (torch.as_tensor(v).detach().double() for v in (t, y))
-    group = torch.zeros(t.shape, dtype=torch.long) if group is None else torch.as_tensor(group)
-    if group.is_floating_point():
-        raise TypeError(f"group: whole numbers are expected, got {group.dtype}")
-    given = torch.as_tensor(1.0 if noise is None else noise).detach().double()
+    t, y = _numbers(t, "t").double(), _numbers(y, "y").double()
+    group = torch.zeros(t.shape, dtype=torch.long) if group is None else _numbers(group, "group")
+    need(not group.is_floating_point(), "group", "whole numbers", group.dtype, TypeError)
+    given = _numbers(1.0 if noise is None else noise, "noise").double()
     for name, value in (("t", t), ("y", y), ("group", group), ("noise", given)):
         if name == "noise" and value.ndim == 0: continue
         if value.ndim != 1 or len(value) != len(t):
@@ -134,14 +142,21 @@ def _points(t, y, group, noise):
 # %% ../nbs/05_curves.ipynb #51dbf1f4
 def _names(curve, t, start, shared, strength):
     "The shared names and the strengths by name; raise where a name or a strength does not fit."
-    if not isinstance(start, Mapping) or not start:
-        raise TypeError(f"start: a dictionary of first guesses is expected, got {start!r}")
-    signature = inspect.signature(curve)
+    function(curve, "curve")
+    fine = isinstance(start, Mapping) and start and all(isinstance(name, str) for name in start)
+    need(fine, "start", "a dictionary of first guesses", start, TypeError)
+    try: signature = inspect.signature(curve)
+    except (TypeError, ValueError): raise TypeError(f"curve: a Python function is expected, got {curve!r}") from None
     try: signature.bind(t, **start)
     except TypeError as error:
         raise ValueError(f"start: {list(start)} do not fit the curve's arguments {signature}: "
                          f"{error}") from None
+    fine = isinstance(shared, (str, tuple, list, set, frozenset))
+    need(fine, "shared", "a name or a tuple of names", shared, TypeError)
+    need(all(isinstance(name, str) for name in shared), "shared", "names", shared, TypeError)
     shared = {shared} if isinstance(shared, str) else set(shared)
+    fine = strength is None or isinstance(strength, Mapping)
+    need(fine, "strength", "a dictionary of numbers by name, or None,", strength, TypeError)
     strength = dict(strength or {})
     for argument, names in (("shared", shared), ("strength", strength)):
         for name in names:
@@ -150,16 +165,17 @@ def _names(curve, t, start, shared, strength):
     for name, λ in strength.items():
         if name in shared:
             raise ValueError(f"strength: {name!r} is shared already, the strength of infinity")
-        if not (isinstance(λ, Real) and 0 <= λ < math.inf):
-            raise ValueError(f"strength of {name!r}: a finite number from 0 on, got {λ!r}")
+        real(λ, f"strength of {name!r}", 0)
     return shared, strength
 
-# %% ../nbs/05_curves.ipynb #9c2ce28c
+# %% ../nbs/05_curves.ipynb #44596ec6
 def _guesses(start, shared, count):
     "The start vector of θ; raise where it has the wrong size or is not finite."
     guesses = []
     for name, value in start.items():
-        value = torch.as_tensor(value).double().reshape(-1)
+        value = _numbers(value, f"start: {name!r}").double()
+        need(value.ndim < 2, f"start: {name!r}", "one number per curve at most", tuple(value.shape))
+        value = value.reshape(-1)
         size = 1 if name in shared else count
         if len(value) not in (1, size):
             raise ValueError(f"start: {name!r} has {len(value)} values, {size} are expected")
@@ -192,10 +208,14 @@ def _enough(n, group, names, shared, strength, size, noise):
         raise ValueError(f"y: {n} points for as many constants leave none to estimate "
                          "the noise; add points or give noise")
 
-# %% ../nbs/05_curves.ipynb #9e75a6d5
+# %% ../nbs/05_curves.ipynb #c1be554d
 def _pointwise(problem, θ):
     "Raise unless the curve is finite at θ and each value of it depends on its own point only."
-    (values, slopes), n = problem.slopes(θ), len(problem.t)
+    n = len(problem.t)
+    try: values, slopes = problem.slopes(θ)
+    except Exception as error:
+        raise ValueError("curve: values that follow from the constants by torch operations are "
+                         f"expected, got {type(error).__name__}: {error}") from error
     if values.shape != (n,):
         raise ValueError(f"curve: {n} values are expected, got shape {tuple(values.shape)}")
     if not (torch.isfinite(values).all() and torch.isfinite(slopes).all()):
@@ -240,7 +260,7 @@ def fit_curves(
     Raises ValueError or TypeError for data and names that do not fit, ValueError for constants
     that the data do not determine, RuntimeError without convergence.
     Source: Levenberg 1944 and Marquardt 1963, by `scipy.optimize.least_squares`."""
-    one = group is None
+    steps, one = whole(steps, "steps", 1), group is None
     t, y, weight, group, labels = _points(t, y, group, noise)
     shared, strength = _names(curve, t, start, shared, strength)
     θ = _guesses(start, shared, len(labels))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .errors import need, real, tensor
+
 # %% ../nbs/04_distances.ipynb #7f7bfa7b
 def _rho_sum(kind, d, delta):
     "The sum of ρ over a flat difference `d`."
@@ -142,35 +144,44 @@ def pair_distances(
 ) -> Tensor:  # (pairs,), float32, or float64 for float64 tensors
     """The distance of every pair of tensors, differentiable.
 
-    Raises ValueError for an unknown distance, and for lists or shapes that do not match, TypeError for
-    integers and for mixed types."""
+    Raises ValueError for an unknown distance, and for lists, shapes or devices that do not match, TypeError
+    for anything but lists of tensors, for integers and for mixed types."""
     _check_pairs(x, y, distance, delta)
     if distance == "cosine":
         return torch.stack([_cosine(a, b) for a, b in zip(_accurate(x), _accurate(y))])
     if distance != "group": return _pair_sums(distance, delta, x, y)
     squares = _pair_sums("squared_l2", delta, x, y)
-    apart = squares > 0
+    apart = squares != 0  # NaN too
     return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
 
 
 def _cosine(a, b):
     "One minus the cosine; 0 where a vector is 0 and has no direction."
     lengths = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
-    return torch.where(lengths > 0, 1 - (a * b).sum() / torch.where(lengths > 0, lengths, 1), 0)
+    return torch.where(lengths != 0, 1 - (a * b).sum() / torch.where(lengths != 0, lengths, 1), 0)
 
 
 def _check_pairs(x, y, distance, delta):
     "Raise at what `pair_distances` cannot compare."
-    if distance not in DISTANCES:
-        raise ValueError(f"distance: one of {DISTANCES} is expected, got {distance!r}")
-    if not delta > 0: raise ValueError(f"delta: a number above 0 is expected, got {delta!r}")
+    need(isinstance(distance, str) and distance in DISTANCES, "distance", f"one of {DISTANCES}", distance)
+    if not torch.compiler.is_compiling(): real(delta, "delta", above=0)
+    _check_lists(x, y)
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(f"x, y: lists of one length above 0 are expected, got {len(x)} and {len(y)}")
     for i, (a, b) in enumerate(zip(x, y)):
         if a.shape != b.shape:
-            raise ValueError(f"x[{i}] has shape {tuple(a.shape)}, y[{i}] has shape {tuple(b.shape)}")
+            raise ValueError(f"x[{i}] has shape {tuple(a.shape)}, y[{i}] has shape {tuple(b.shape)}; one shape is expected")
+        if not a.device == b.device == x[0].device:
+            raise ValueError(f"x[{i}] is on {a.device}, y[{i}] on {b.device}; {x[0].device} is expected, as of x[0]")
         if not a.is_floating_point() or a.dtype != b.dtype:
             raise TypeError(f"x[{i}] is {a.dtype}, y[{i}] is {b.dtype}; one floating point type is expected")
+
+
+def _check_lists(x, y):
+    "Raise unless both are lists of tensors."
+    for name, tensors in (("x", x), ("y", y)):
+        fine = isinstance(tensors, (list, tuple)) and all(isinstance(t, Tensor) for t in tensors)
+        if not fine: need(False, name, "a list of tensors", tensors, TypeError)
 
 # %% ../nbs/04_distances.ipynb #d9e40a5f
 def _add_pieces(kind, delta, x, y, factors):
@@ -247,6 +258,7 @@ def can_add_slopes(
     distance: str,  # one of `DISTANCES`
 ) -> bool:
     "Can `add_slopes_` walk these pairs: dense contiguous tensors, a distance that is a sum over elements?"
+    _check_lists(x, y)
     grads = [t.grad for t in (*x, *y) if t.requires_grad and t.grad is not None]
     return distance in DISTANCES[:3] and all(map(_is_plain, (*x, *y, *grads)))
 
@@ -264,6 +276,7 @@ def add_slopes_(
 
     Raises as `pair_distances` does, and ValueError where `can_add_slopes` is false."""
     _check_pairs(x, y, distance, delta)
+    need(isinstance(factors, (list, tuple)), "factors", "a list of numbers", factors, TypeError)
     fine = len(factors) == len(x) and all(isinstance(f, Real) and abs(f) < float("inf") for f in factors)
     if not fine: raise ValueError(f"factors: {len(x)} finite numbers are expected, got {list(factors)}")
     if not all(t.is_leaf for t in (*x, *y)): raise ValueError("x, y: leaves of the graph are expected")
@@ -283,9 +296,9 @@ def shrink(
     """The difference that minimizes ½|d' - d|² + t·distance(d') (Parikh and Boyd 2014, equation 1.1).
 
     Raises ValueError for a distance without a closed form, and for `t` negative or not finite."""
-    if distance not in DISTANCES[:4]:
+    if not (isinstance(distance, str) and distance in DISTANCES[:4]):
         raise ValueError(f"distance: one of {DISTANCES[:4]} has a closed form, got {distance!r}")
-    if not 0 <= t < float("inf"): raise ValueError(f"t: a finite number of at least 0 is expected, got {t!r}")
+    tensor(d, "d", floating=True), real(t, "t", 0), real(delta, "delta", above=0)
     if distance == "l1": return d.sign() * (d.abs() - t).clamp(min=0)
     if distance == "huber":
         return torch.where(d.abs() <= delta * (1 + t), d / (1 + t), d - t * delta * d.sign())

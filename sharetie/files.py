@@ -13,6 +13,7 @@ import io
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,14 @@ import pooch
 import torch
 from torch import Tensor
 
+from .errors import need, whole
+
 # %% ../nbs/00_files.ipynb #b0f19966
 def _content(path, member=None):
     "The bytes of a file, of a gzip file's content, or of a zip archive's `member`."
+    need(isinstance(path, (str, os.PathLike)), "path", "a path", path, TypeError)
+    fine = member is None or isinstance(member, str)
+    need(fine, "member", "the name of a file in the archive, or None,", member, TypeError)
     try:
         if member is not None:
             with zipfile.ZipFile(path) as archive: return archive.read(member)
@@ -80,10 +86,11 @@ def read_csv(
     """Read a CSV file whose columns are known.
 
     Raises ValueError, with the line, for a wrong number of columns, a word that is not allowed, or no number."""
+    _check_columns(columns, comment)
     reader, rows, lines = csv.reader(io.StringIO(_text(path)), skipinitialspace=True, strict=True), [], []
     try:
         for row in reader:
-            if not row or row[0].startswith(comment): continue
+            if not row or comment and row[0].startswith(comment): continue
             if len(row) != len(columns):
                 raise ValueError(f"{path}: line {reader.line_num} has {len(row)} columns, expected {len(columns)}")
             rows.append(row), lines.append(reader.line_num)
@@ -100,11 +107,25 @@ def read_csv(
         frame[name] = values
     return frame
 
+
+def _check_columns(columns, comment):
+    "Raise where `columns` is not a dictionary of `float` and words, or `comment` no text."
+    fine = isinstance(columns, Mapping) and columns
+    need(fine, "columns", "a dictionary of float or words by column", columns, TypeError)
+    for name, kind in columns.items():
+        fine = kind is float or isinstance(kind, (tuple, list)) and kind and all(isinstance(w, str) for w in kind)
+        need(fine, f"columns[{name!r}]", "float or a tuple of words", kind, TypeError)
+    need(isinstance(comment, str), "comment", "text", comment, TypeError)
+
 # %% ../nbs/00_files.ipynb #edba1c1e
 @dataclass(frozen=True)
 class Sentences:
     "A sequence of sentences; a sentence is a tuple of tokens, a token a tuple such as (word, pos, chunk)."
     rows: tuple  # the sentences
+
+    def __post_init__(self):
+        fine = isinstance(self.rows, tuple) and all(isinstance(row, tuple) for row in self.rows)
+        need(fine, "rows", "a tuple of sentences, tuples of tokens,", self.rows, TypeError)
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.rows[i] if isinstance(i, int) else Sentences(tuple(self.rows[j] for j in i))
@@ -115,7 +136,9 @@ class Sentences:
         return sum(map(len, self.rows))
 
     def column(self, k):
-        "Column k of all tokens, in order, as one list."
+        "Column k of all tokens, in order, as one list; raises ValueError where there is none."
+        fewest = min((len(token) for row in self.rows for token in row), default=None)
+        whole(k, "k", 0, None if fewest is None else fewest - 1)
         return [token[k] for row in self.rows for token in row]
 
     def __repr__(self): return f"{len(self)} sentences, {self.tokens} tokens"
@@ -129,7 +152,7 @@ def read_conll(
     """Read a file with a token per line, columns separated by one space, and an empty line after each sentence.
 
     Raises ValueError, with the line, for a wrong number of columns, and for an end inside a sentence."""
-    rows, row = [], []
+    columns, rows, row = whole(columns, "columns", 1), [], []
     for number, line in enumerate(_text(path, member).split("\n")[:-1], 1):
         if line:
             token = tuple(line.split(" "))
@@ -154,6 +177,11 @@ class Source:
     "Where the files of a data set are published, and what they must contain."
     urls: tuple  # addresses of folders with the files, tried in this order
     files: dict  # name of each file -> SHA-256 of its content (gunzipped where it is a gzip file)
+
+    def __post_init__(self):
+        fine = isinstance(self.urls, (tuple, list)) and all(isinstance(url, str) for url in self.urls)
+        need(fine, "urls", "a tuple of addresses", self.urls, TypeError)
+        need(isinstance(self.files, Mapping), "files", "a dictionary of digests", self.files, TypeError)
 
 # %% ../nbs/00_files.ipynb #630a2243
 SOURCES = {
@@ -199,9 +227,13 @@ def find_file(
     """Find a file in $SHARETIE_DATA/<name>/ or in the cache, or download it into the cache.
 
     Raises ValueError for an unknown file and for a copy of yours with other content, FileNotFoundError when there is none to be had."""
+    fine = isinstance(sources, Mapping) and all(isinstance(s, Source) for s in sources.values())
+    need(fine, "sources", "a dictionary of `Source`s", sources, TypeError)
+    for argument, text in {"name": name, "file": file}.items():
+        need(isinstance(text, str), argument, "text", text, TypeError)
     if file not in getattr(sources.get(name), "files", ()):
         known = "; ".join(f"{key}: {', '.join(s.files)}" for key, s in sources.items())
-        raise ValueError(f"no file {file!r} of a data set {name!r}; there are {known}")
+        raise ValueError(f"file: no file {file!r} of a data set {name!r}; there are {known}")
     source, own = sources[name], os.environ.get("SHARETIE_DATA")
     if own and (path := Path(own) / name / file).is_file():
         _verify(path, source.files[file])

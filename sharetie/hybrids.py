@@ -8,19 +8,28 @@ __all__ = ['GaussianClasses', 'tie_deviation', 'Hybrid', 'Fitted', 'fit_hybrid']
 # %% ../nbs/05_hybrids.ipynb #ba097e79
 import copy
 import math
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .errors import need, one_of, real, tensor, whole
 from .tying import TiePenalty
 
 # %% ../nbs/05_hybrids.ipynb #a5779d06
+def _check_features(x, mean):
+    "Raise unless `x` holds inputs of the width and type of `mean`, (..., c, d)."
+    tensor(x, "x", floating=True)
+    size, width = tuple(x.shape), mean.shape[-1]
+    need(len(size) > 1 and size[-1] == width, "x", f"a tensor of shape (…, b, {width})", size)
+    fine = x.dtype == mean.dtype
+    need(fine, "x", f"a tensor of {mean.dtype}, as the parameters,", x.dtype, TypeError)
+
+# %% ../nbs/05_hybrids.ipynb #f77862fc
 class GaussianClasses(nn.Module):
     """A Gaussian for each class; with shared spherical variances its posterior is linear.
 
-    Raises ValueError for fewer than two classes, no inputs, or an unknown covariance.
+    Raises TypeError or ValueError for fewer than two classes, no inputs, or an unknown covariance.
     Source: Ng and Jordan 2002, who compare its two ways of training."""
     def __init__(self,
         classes: int,  # c, at least 2
@@ -30,17 +39,19 @@ class GaussianClasses(nn.Module):
         copies: tuple = (),  # leading axes of independent copies
     ):
         super().__init__()
-        if classes < 2: raise ValueError(f"classes: at least 2 are expected, got {classes}")
-        if width < 1: raise ValueError(f"width: at least 1 input is expected, got {width}")
-        if covariance not in ("diagonal", "spherical"):
-            raise ValueError(f"covariance: 'diagonal' or 'spherical', got {covariance!r}")
+        classes, width = whole(classes, "classes", 2), whole(width, "width", 1)
+        one_of(covariance, "covariance", ["diagonal", "spherical"])
+        need(isinstance(shared, bool), "shared", "True or False", shared, TypeError)
+        need(isinstance(copies, (tuple, list)), "copies", "a tuple of sizes", copies, TypeError)
+        for n in copies: whole(n, "copies", 1)
         variances = 1 if shared else classes, width if covariance == "diagonal" else 1
         self.mean = nn.Parameter(torch.zeros(*copies, classes, width))
         self.log_variance = nn.Parameter(torch.zeros(*copies, *variances))
         self.score = nn.Parameter(torch.zeros(*copies, classes))  # log prior, up to a constant
 
     def log_joint(self, x: Tensor) -> Tensor:  # (..., b, d) -> (..., b, c)
-        "log p(x, c)."
+        "log p(x, c); raises TypeError or ValueError for inputs of another type or width."
+        _check_features(x, self.mean)
         log_variance = self.log_variance.expand_as(self.mean)
         precision = torch.exp(-log_variance)
         slope = torch.cat([-precision / 2, precision * self.mean], -1)
@@ -64,9 +75,7 @@ def tie_deviation(
 
     Raises TypeError for no number, ValueError outside [0, 1] and between 0 and 0.001, where
     the tie is beyond double precision. Source: Lasserre, Bishop and Minka 2006."""
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha: a number is expected, got {alpha!r}")
-    if not 0 <= alpha <= 1: raise ValueError(f"alpha: a number from 0 to 1, got {alpha!r}")
+    alpha = real(alpha, "alpha", 0, 1)
     if 0 < alpha < 1e-3:
         raise ValueError(f"alpha: {alpha!r} is too close to 0; 0 itself shares the parameters")
     return math.inf if alpha == 1 else (alpha / (1 - alpha)) ** 2
@@ -75,8 +84,7 @@ def tie_deviation(
 def _labels(y, posterior):
     "The labels as an index into `posterior`, (..., n, 1); raise unless they are its labels."
     shape, classes = tuple(posterior.shape[:-1]), posterior.shape[-1]
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"y: whole-number labels are expected, got {y.dtype}")
+    tensor(y, "y", floating=False)
     if y.ndim > len(shape) or tuple(y.shape) != shape[len(shape) - y.ndim:]:
         raise ValueError(f"y: shape {tuple(y.shape)} does not fit that of the inputs, {shape}")
     if y.numel() == 0: raise ValueError("y: there is no labeled example")
@@ -88,13 +96,20 @@ def _labels(y, posterior):
 
 def _check_hybrid(classifier, generator, prior):
     "Raise unless the modules have the methods needed and `prior` is a standard deviation."
-    for module, method in ((classifier, "log_posterior"), (generator, "log_evidence")):
-        if not hasattr(module, method):
-            raise TypeError(f"{type(module).__name__} has no {method}(x)")
-    if isinstance(prior, bool) or not isinstance(prior, Real):
-        raise TypeError(f"prior: a number is expected, got {prior!r}")
-    if not prior > 0:
-        raise ValueError(f"prior: a standard deviation above 0 is expected, got {prior!r}")
+    needed = ("classifier", classifier, "log_posterior"), ("generator", generator, "log_evidence")
+    for argument, module, method in needed:
+        fine = isinstance(module, nn.Module) and hasattr(module, method)
+        need(fine, argument, f"a module with {method}(x)", type(module), TypeError)
+    if not (isinstance(prior, float) and prior == math.inf): real(prior, "prior", above=0)
+
+
+def _check_inputs(x, unlabeled):
+    "Raise unless both are inputs, of one type and width."
+    tensor(x, "x", floating=True)
+    if unlabeled is None: return
+    tensor(unlabeled, "unlabeled", floating=True)
+    alike = x.dtype == unlabeled.dtype and x.shape[-1:] == unlabeled.shape[-1:]
+    need(alike, "unlabeled", f"inputs like x, {x.dtype} {tuple(x.shape)},", unlabeled)
 
 
 def _prior_loss(classifier, generator, prior):
@@ -130,7 +145,8 @@ class Hybrid(nn.Module):
         return self.classifier.log_posterior(x)
 
     def loss(self, x, y, unlabeled=None):  # (..., n, d), (..., n), (..., m, d) -> scalar
-        "Minus the log of the joint density, up to a constant, summed over examples and copies."
+        "Minus the log of the joint density, up to a constant; raises for inputs that do not fit."
+        _check_inputs(x, unlabeled)
         posterior = self(x)
         loss = -posterior.gather(-1, _labels(y, posterior)).sum()
         for inputs in (x, unlabeled):
@@ -141,7 +157,7 @@ class Hybrid(nn.Module):
     def at(self, alpha: float) -> "Hybrid":  # with its own parameters
         "The same models at another α, started from copies of the present parameters."
         classifier, generator = copy.deepcopy(nn.ModuleList([self.classifier, self.generator]))
-        if alpha == 0: return Hybrid(generator, None, alpha, self.prior)
+        if tie_deviation(alpha) == 0: return Hybrid(generator, None, alpha, self.prior)
         return Hybrid(classifier, copy.deepcopy(generator), alpha, self.prior)
 
 # %% ../nbs/05_hybrids.ipynb #7e5e225b
@@ -171,6 +187,10 @@ def fit_hybrid(
 
     Raises ValueError or TypeError, before the first step, where the loss is not finite or the
     labels do not fit. Source: `torch.optim.LBFGS` with its strong-Wolfe line search."""
+    need(isinstance(hybrid, Hybrid), "hybrid", "a `Hybrid`", type(hybrid), TypeError)
+    pair = isinstance(labeled, (tuple, list)) and len(labeled) == 2
+    need(pair, "labeled", "a pair (x, y)", labeled, TypeError)
+    steps, tolerance = whole(steps, "steps", 1), real(tolerance, "tolerance", 0)
     start = hybrid.loss(*labeled, unlabeled)
     if not torch.isfinite(start):
         raise ValueError(f"the loss is {start.item()} at the start: check inputs and weights")

@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from numbers import Real
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -24,28 +25,16 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__
+from .errors import function, need, one_of, shown, whole
 
 # %% ../nbs/01_results.ipynb #575c7420
-def _check(fine, name, got, expected, error=ValueError):
-    "Raise with the argument, what came and what is expected, unless `fine`."
-    if not fine: raise error(f"{name}: got {got}, expected {expected}")
-
-def _whole(name, value, low, high=None):
-    "Return `value` as an int if it is a whole number from `low` to `high`."
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    _check(whole, name, repr(value), "a whole number", TypeError)
-    fine = low <= value and (high is None or value <= high)
-    _check(fine, name, value, f"{low} or more" if high is None else f"{low} to {high}")
-    return int(value)
-
-# %% ../nbs/01_results.ipynb #137d01f7
 def set_seed(
     seed: int,  # from 0 to 2**32 - 1
 ) -> torch.Generator:  # on the CPU, with the same seed
     """Seed Python, NumPy and PyTorch, and return a generator of its own.
 
     Raises TypeError or ValueError where `seed` is not a whole number in that range."""
-    seed = _whole("seed", seed, 0, 2**32 - 1)
+    seed = whole(seed, "seed", 0, 2**32 - 1)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -68,6 +57,7 @@ def subplots(
     **options,  # of matplotlib's function of this name
 ):  # figure, and axes as matplotlib gives them
     "A figure in the book's style, at most 6 by 3.5 inches unless `figsize` says otherwise."
+    rows, cols = whole(rows, "rows", 1), whole(cols, "cols", 1)
     options.setdefault("figsize", (4.5 if cols == 1 else 6, 3 if rows == 1 else 3.5))
     with plt.rc_context(_STYLE): return plt.subplots(rows, cols, **options)
 
@@ -84,6 +74,7 @@ class Comparison(pd.DataFrame):
         digits: int = 3,  # after the point
     ) -> pd.DataFrame:  # of text, "mean ± standard deviation"
         "The table for reading: one column per metric."
+        whole(digits, "digits", 0)
         def cell(row): return f"{row['mean']:.{digits}f} ± {row['std']:.{digits}f}"
         return pd.DataFrame({m: self[m].apply(cell, axis=1) for m in self.columns.unique(0)})
 
@@ -94,9 +85,8 @@ class Comparison(pd.DataFrame):
     ):  # the axes
         "Draw means with bars of one standard deviation each way, and each run as a faint dot."
         metrics = [*self.columns.unique(0)]
-        metric = metrics[0] if metric is None else metric
-        _check(metric in metrics, "metric", repr(metric), f"one of {metrics}")
-        ax = subplots()[1] if ax is None else ax
+        metric = metrics[0] if metric is None else one_of(metric, "metric", metrics)
+        ax = subplots()[1] if ax is None else _axes(ax)
         numeric = pd.api.types.is_numeric_dtype(self.index)
         at = dict(zip(self.index, self.index if numeric else range(len(self))))
         runs = self.runs[self.runs["variant"].isin(at)]
@@ -109,6 +99,12 @@ class Comparison(pd.DataFrame):
             ax.margins(x=0.2)
         ax.set(xlabel="variant", ylabel=metric)
         return ax
+
+# %% ../nbs/01_results.ipynb #2263e881
+def _axes(ax):
+    "One matplotlib axes, as it came."
+    need(hasattr(ax, "plot") and hasattr(ax, "set"), "ax", "one axes of matplotlib", ax, TypeError)
+    return ax
 
 # %% ../nbs/01_results.ipynb #30d60db7
 def _summarize(runs):
@@ -179,23 +175,30 @@ def compare(
 # %% ../nbs/01_results.ipynb #f0013e77
 def _check_compare(variants, seeds, executor, threads):
     "Raise at arguments of `compare` that make no sense, and return the seeds as a list."
-    kind, functions = type(variants).__name__, "a dict of functions of a seed"
-    _check(isinstance(variants, Mapping), "variants", kind, functions, TypeError)
-    _check(variants, "variants", "none", "at least one")
+    fine = isinstance(variants, Mapping)
+    need(fine, "variants", "a dict of functions of a seed", type(variants), TypeError)
+    need(variants, "variants", "at least one function of a seed", variants)
     for name, f in variants.items():
-        if not callable(f):
-            raise TypeError(f"variants: {name!r} is {f!r}, expected a function of a seed")
-    several = isinstance(seeds, Iterable)
-    _check(several, "seeds", repr(seeds), "several, such as range(10)", TypeError)
-    seeds = [_whole("seeds", seed, 0, 2**32 - 1) for seed in seeds]
-    once = seeds and len(set(seeds)) == len(seeds)
-    _check(once, "seeds", seeds, "at least one, and each once")
-    _whole("threads", threads, 1)
+        fine = isinstance(name, (str, Real)) and name == name
+        need(fine, "variants", "text or a number for every name", name, TypeError)
+        function(f, f"variants[{name!r}]", ["seed"])
+    seeds = _seeds(seeds)
+    need(seeds, "seeds", "at least one", seeds)
+    whole(threads, "threads", 1)
     fine = executor is None or hasattr(executor, "submit")
-    _check(fine, "executor", repr(executor), "a concurrent.futures.Executor", TypeError)
+    need(fine, "executor", "a concurrent.futures.Executor", executor, TypeError)
     if isinstance(executor, ThreadPoolExecutor):
-        raise ValueError("executor: got a ThreadPoolExecutor, expected processes: threads "
-                         "share one random state")
+        raise ValueError("executor: one of processes is expected, got a ThreadPoolExecutor: "
+                         "threads share one random state")
+    return seeds
+
+def _seeds(seeds):
+    "Several seeds as a list, each once."
+    fine = isinstance(seeds, Iterable) and not isinstance(seeds, (str, bytes, Mapping))
+    need(fine, "seeds", "several, such as range(10),", seeds, TypeError)
+    try: seeds = [whole(seed, "seeds", 0, 2**32 - 1) for seed in list(seeds)]
+    except TypeError: raise TypeError(f"seeds: whole numbers are expected, got {shown(seeds)}") from None
+    need(len(set(seeds)) == len(seeds), "seeds", "each seed once", seeds)
     return seeds
 
 def _tqdm(progress, *args, **options):
@@ -229,17 +232,17 @@ def _plain(value, name):
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)): value = value.tolist()
     if isinstance(value, Mapping):
         for key in value:
-            _check(isinstance(key, str), name, f"the key {key!r}", "text", TypeError)
+            need(isinstance(key, str), name, "text for every key", key, TypeError)
         return {key: _plain(part, f"{name}[{key!r}]") for key, part in value.items()}
     if isinstance(value, (list, tuple, range)):
         return [_plain(part, f"{name}[{i}]") for i, part in enumerate(value)]
-    if isinstance(value, float): _check(math.isfinite(value), name, value, "a finite number")
+    if isinstance(value, float): need(math.isfinite(value), name, "a finite number", value)
     fine = value is None or isinstance(value, (bool, int, float, str))
-    expected = "numbers, text, and lists and dicts of them"
-    _check(fine, name, type(value).__name__, expected, TypeError)
+    expected = "a number, text, or a list or dict of them"
+    need(fine, name, expected, type(value), TypeError)
     return value
 
-# %% ../nbs/01_results.ipynb #17c453d4
+# %% ../nbs/01_results.ipynb #284f7103
 def record(
     name: str,  # of the claim: letters, digits, "_", "-" and "."
     *,
@@ -252,16 +255,18 @@ def record(
     """Write a measured figure to `results/<name>.json`, with versions and hardware.
 
     Raises TypeError or ValueError, and writes nothing, where a name or value cannot be kept."""
-    fine = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)
-    _check(fine, "name", repr(name), "letters, digits, '_', '-' and '.'")
+    for key, text in {"name": name, "source": source, "note": note}.items():
+        fine = isinstance(text, str) or text is None and key != "name"
+        need(fine, key, "text", text, TypeError)
+    fine = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name)
+    need(fine, "name", "text of letters, digits, '_', '-' and '.'", name)
     if seeds is None and isinstance(measured, Comparison):
         seeds = measured.runs["seed"].unique()
-    several = seeds is None or isinstance(seeds, Iterable)
-    _check(several, "seeds", repr(seeds), "several, such as range(10)", TypeError)
-    if seeds is not None: seeds = sorted(int(seed) for seed in seeds)
+    if seeds is not None: seeds = sorted(_seeds(seeds))
     entry = {"name": name, "measured": measured, "published": published, "source": source,
              "note": note, "seeds": seeds}
     entry = {key: _plain(value, key) for key, value in entry.items()}
+    _check_figures(entry["measured"], entry["published"])
     entry["versions"] = {"python": platform.python_version(), "torch": torch.__version__,
                          "sharetie": __version__}
     entry["hardware"] = _hardware()
@@ -285,17 +290,28 @@ def records(
     """The recorded figures whose name matches `pattern`, one row each.
 
     Raises ValueError where none does."""
-    folder = _results()
+    need(isinstance(pattern, str), "pattern", "a name or pattern (str)", pattern, TypeError)
+    fine = re.fullmatch(r"[A-Za-z0-9_.*?\[\]!-]+", pattern) and ".." not in pattern
+    need(fine, "pattern", "a pattern of names, without folders,", pattern)
+    folder, rows = _results(), []
     files = sorted(folder.glob(f"{pattern}.json"))
     if not files: raise ValueError(f"pattern: {pattern!r} matches no record in {str(folder)!r}")
-    rows = []
-    for entry in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+    for entry in map(_entry, files):
         seeds = len(entry["seeds"] or []) or None
         for *figures, n in _figures(entry["measured"], entry["published"]):
             rows.append([entry["name"], *figures, n or seeds, entry["source"], entry["note"]])
     columns = ["claim", "quantity", "published", "measured", "std", "seeds", "source", "note"]
     table = pd.DataFrame(rows, columns=columns, dtype=object)
     return table.where(table.notna() & (table != ""), "–")
+
+def _entry(file):
+    "What `record` wrote to a file."
+    keys = {"name", "measured", "published", "source", "note", "seeds"}
+    try: entry = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error: raise ValueError(f"{file.name}: damaged ({error})") from error
+    fine = isinstance(entry, dict) and keys <= entry.keys()
+    need(fine, file.name, f"what `record` writes, with {sorted(keys)},", entry)
+    return entry
 
 def _figures(measured, published, quantity=""):
     "Yield (quantity, published, measured, standard deviation, n) for each number of a record."
@@ -305,3 +321,20 @@ def _figures(measured, published, quantity=""):
         for key, part in measured.items():
             beside = published.get(key) if isinstance(published, dict) else published
             yield from _figures(part, beside, f"{quantity}, {key}" if quantity else key)
+
+# %% ../nbs/01_results.ipynb #a6a52938
+def _check_figures(measured, published, name="published"):
+    "Raise unless something was measured, and what was published has a counterpart in it."
+    found = _leaves(measured)
+    fine = found and None not in found
+    need(fine, "measured", "at least one number, and no None,", measured)
+    if isinstance(published, dict):
+        fine = isinstance(measured, dict) and published.keys() <= measured.keys()
+        keys = list(measured) if isinstance(measured, dict) else "one number"
+        need(fine, name, f"what was measured too ({keys})", list(published))
+        for key, part in published.items(): _check_figures(measured[key], part, f"{name}[{key!r}]")
+
+def _leaves(value):
+    "The numbers and texts of a nested list or dict."
+    if isinstance(value, dict): value = list(value.values())
+    return [v for part in value for v in _leaves(part)] if isinstance(value, list) else [value]

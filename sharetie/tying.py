@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .distances import DISTANCES, add_slopes_, can_add_slopes, pair_distances, shrink
-from .members import check_group, group_members, need, nonnegative, per_group
+from .errors import function, need, nonnegative, tensor, whole
+from .members import check_group, group_members, per_group
 
 # %% ../nbs/04_tying.ipynb #9655418d
 class _Groups:
@@ -249,9 +250,8 @@ class StrengthSchedule:
         steps: int,  # how many calls it takes
     ):
         _is_penalty(penalty)
-        need(callable(factor), "factor", "a function of the part of the way", factor, TypeError)
-        need(type(steps) is int and steps > 0, "steps", "a whole number of at least 1", steps)
-        self.penalty, self.steps, self.factor = penalty, steps, factor
+        function(factor, "factor", ["part of the way"])
+        self.penalty, self.steps, self.factor = penalty, whole(steps, "steps", 1), factor
         self._set(dict(penalty.strength), 0)
 
     def step(self):
@@ -378,12 +378,13 @@ def _importance(member, fisher):
     "The Fisher diagonal of one member, checked."
     (index, name), shape = member.key, tuple(member.tensor.shape)
     need(index < len(fisher), "fisher", f"a dictionary for models[{index}] too", len(fisher))
+    fine = isinstance(fisher[index], Mapping)
+    need(fine, f"fisher[{index}]", "a dictionary of tensors", fisher[index], TypeError)
     if name not in fisher[index]:
         raise ValueError(f"fisher: models[{index}] has no entry {name!r}; "
                          f"it has {list(fisher[index])[:5]}")
     value = fisher[index][name]
-    need(value.shape == shape, f"fisher of {member.name}", f"a tensor of shape {shape}",
-          tuple(value.shape))
+    tensor(value, f"fisher of {member.name}", floating=True, shape=shape)
     fine = (value >= 0).all() and value.isfinite().all()
     need(fine, f"fisher of {member.name}", "a tensor of finite numbers of at least 0", value)
     return value
@@ -401,7 +402,7 @@ def fisher_diagonal(
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     need(isinstance(x, Tensor) and x.dim() > 0, "x", "a tensor of examples", type(x), TypeError)
     need(len(x) > 0, "x", "at least one example", x)
-    need(type(chunk) is int and chunk > 0, "chunk", "a whole number of at least 1", chunk)
+    whole(chunk, "chunk", 1)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try: return _fisher(model, x, chunk)
@@ -411,7 +412,10 @@ def fisher_diagonal(
 
 def _fisher(model, x, chunk):
     "The diagonal, chunk by chunk."
-    with torch.no_grad(): shape = tuple(model(x[:1]).shape)
+    try:
+        with torch.no_grad(): shape = tuple(model(x[:1]).shape)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(f"x: examples that the model takes are expected, got shape {tuple(x.shape)}: {error}") from error
     need(len(shape) == 2, "model", "a classifier whose output has shape (b, classes)", shape)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 

@@ -6,8 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
+from html import unescape
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from execnb.nbio import nb2str, read_nb
@@ -18,11 +20,13 @@ from toybook import BOOK, ROOT, code, md, result, shown, toy_site  # noqa: F401
 
 sys.path.append(str(BOOK))  # last, for book/build.py is not the package `build`
 import apidoc  # noqa: E402
+import lint  # noqa: E402
 import readme  # noqa: E402
 from blocks import PANDOC, markdown  # noqa: E402
 from lint import checked, lint_cells, lint_tree  # noqa: E402
 from outline import BookError, Chapter, entries, outline  # noqa: E402
 from refs import Page, number  # noqa: E402
+from tables import mended  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "nbs").glob("[!._]*.ipynb"))
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -121,6 +125,15 @@ def test_quarto_yml_keeps_to_documented_options_and_asks_nothing_of_another_host
     assert "$web-font-path: false" in (BOOK / "quarto.scss").read_text()
 
 
+# Of nbdev's directives and Quarto's cell options for Jupyter (quarto.org/docs/reference/cells/cells-jupyter), those that chapters may use.
+DIRECTIVES = {"default_exp", "export", "exporti", "hide"}
+CELL_OPTIONS = {"label", "classes", "eval", "echo", "output", "include", "fig-cap", "fig-alt", "tbl-cap", "code-fold", "code-summary"}
+
+
+def test_cells_use_documented_options():
+    assert lint.KNOWN == DIRECTIVES | CELL_OPTIONS
+
+
 def test_functions_of_the_builder_are_short():
     for path in BOOK.glob("*.py"):
         source = path.read_text()
@@ -154,6 +167,7 @@ def markdown_blocks(chapter):
 BAD = {
     "raw HTML": (md("A <br> break."), "raw html '<br>'"),
     "raw TeX": (md("\\begin{tabular} a \\end{tabular}"), "raw tex"),
+    "unknown class": (code("#| classes: wide\nx"), "the class 'wide'; there is only true-colors"),
     "shortcode": (md("{{< include x.qmd >}}"), "a shortcode"),
     "tabset": (md("::: {.panel-tabset}\n## A\n:::"), "a tabset"),
     "unknown block": (md("::: {.column-margin}\nText\n:::"), "a block ':::' that is no callout (column-margin)"),
@@ -246,7 +260,7 @@ def test_toy_book_passes_the_checks(toy):
     pages = checked(outline(toy))
     labels = {id: l.number for p in pages for id, l in p.labels.items()}
     assert labels == {"sec-map": "", "fig-index-line": "1", "sec-first": "1", "sec-first-idea": "1.1", "eq-first-double": "1.1", "fig-first-line": "1.1",
-                      "sec-second": "2", "tbl-second-wide": "2.1", "tbl-second-md": "2.2"}
+                      "sec-second": "2", "tbl-second-wide": "2.1", "tbl-second-md": "2.2", "eq-second-wide": "2.1", "fig-second-map": "2.1"}
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -266,7 +280,7 @@ def test_what_leads_nowhere_is_named(toy, text, expected):
     with pytest.raises(BookError) as error: checked(outline(with_cell(toy, md(text))))
     place = next((p for p in error.value.problems if expected in p), None)
     assert place, error.value.problems
-    assert "02_second.ipynb, cell 13 (" in place
+    assert "02_second.ipynb, cell 17 (" in place
 
 
 def test_a_chapter_that_cites_ends_with_references(toy):
@@ -317,6 +331,59 @@ def test_api_entry():
     assert "(b, d) | any type" in html and html.count("<tr>") + html.count("<tr ") == 6
 
 
+ABOUT = {f"the setting of number {i}": f'a "b" | c \\\\ {i}' for i in range(9)}
+
+
+def long_defaults(
+    x=ABOUT,  # known by a name
+    y=tuple(range(100)),  # <of> numbers
+    z="words " * 20,
+):
+    "Read $DATA/<name>/ and `<b>`."
+
+
+def test_long_defaults_are_shortened_and_kept_whole():
+    text = apidoc.Entry(long_defaults)._repr_markdown_()
+    html = subprocess.run([PANDOC, "-f", "markdown"], input=text, capture_output=True, text=True).stdout
+    call = re.sub("<[^>]+>", "", re.search("<pre.*?</pre>", html, re.S)[0])
+    assert unescape(call) == "long_defaults(x=ABOUT, y=(…), z='words words words words words words w…')"
+    titles = [unescape(t) for t in re.findall(r'title="([^"]*)"', html)]
+    assert titles == [repr(ABOUT), repr(tuple(range(100))), repr("words " * 20)]
+    assert "Read $DATA/&lt;name&gt;/ and <code>&lt;b&gt;</code>." in html and "&lt;of&gt; numbers" in html
+
+
+# Tables of pandas
+
+def grid(table):
+    "The texts of the header's rows and of the body's."
+    return [[[re.sub("<[^>]+>", "", c) for c in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in re.findall("<tr.*?</tr>", part)]
+            for part in table.split("<tbody>")]
+
+
+def test_table_names_its_index_in_the_header_and_shows_gaps_as_dashes():
+    made = mended(pd.DataFrame({"a": [1, None], "b": [pd.NaT, "x"]}, index=pd.Index(["p", "q"], name="who"))._repr_html_())
+    assert grid(made) == [[["who", "a", "b"]], [["p", "1.0", "–"], ["q", "–", "x"]]]
+    assert mended(made) == made, "mending twice is mending once"
+    assert not re.search("<style|<div|border=", made)
+
+
+def test_table_with_levels_keeps_them():
+    columns = pd.MultiIndex.from_product([["train", "test"], ["mean", "std"]])
+    index = pd.MultiIndex.from_tuples([("free", 1), ("free", 2)], names=["model", "seed"])
+    head, body = grid(mended(pd.DataFrame([[1, 2, 3, 4]] * 2, index, columns)._repr_html_()))
+    assert head == [["", "", "train", "test"], ["model", "seed", "mean", "std", "mean", "std"]]
+    assert body == [["free", "1", "1", "2", "3", "4"], ["2", "1", "2", "3", "4"]]
+    named = pd.DataFrame({"a": [1]}, pd.Index(["p"], name="who")).rename_axis("what", axis=1)
+    assert grid(mended(named._repr_html_()))[0] == [["what", "a"], ["who", ""]], "no name is lost"
+
+
+def test_table_columns_stand_left_or_right_as_a_whole():
+    made = mended(pd.DataFrame({"n": ["0.1 ± 0.02", "-3e-05"], "w": ["shared", "0.1"], "l": ["a sentence that is longer than others", "b"]})._repr_html_())
+    assert re.findall(r"<t[hd](.*?)>", made.replace(' style="text-align: left;"', " left").replace(' class="long"', " long")) == [
+        "ead", "", "", " left", " left", "", "", " left", " long left", "", "", " left", " long left"]
+    assert mended("<p>no table</p>") == "<p>no table</p>"
+
+
 # What the processed notebooks hold (made with the site of the toy book)
 
 def processed(site, name): return read_nb(site.parent / "_proc" / f"{name}.ipynb")
@@ -352,6 +419,15 @@ def test_processed_notebook_links_relative_and_keeps_labels(toy_site):
     assert heading.startswith("### `double` and `halve_` together"), "no links in headings"
 
 
+def test_processed_notebook_has_its_tables_mended_and_its_pictures_marked(toy_site):
+    nb = processed(toy_site, "02_second")
+    tables = ["".join(o.data["text/html"]) for c in nb.cells if c.cell_type == "code" for o in c.outputs if "text/html" in o.get("data", {})]
+    assert grid(tables[1]) == [[["model", "measure_0", "measure_1"]], [["free", "0.0000", "0.1429"], ["shared", "0.0000", "–"]]]
+    pictures = {c.source.split("label: ")[1].split()[0]: "#| classes: true-colors" in c.source
+                for name in ("00_first", "02_second") for c in processed(toy_site, name).cells if "label: fig-" in c.source}
+    assert pictures == {"fig-first-line": False, "fig-second-map": True}, "charts on white take the colors of the page"
+
+
 def test_index_is_unnumbered_for_quarto(toy_site):
     front = yaml.safe_load(processed(toy_site, "index").cells[0].source.strip().strip("-"))
     assert front["title"] == "toybook {.unnumbered}" and front["output-file"] == "index.html"
@@ -385,7 +461,7 @@ def test_a_second_build_gives_the_same_and_a_failed_one_keeps_the_site(built):
     assert (built / "README.md").stat().st_mtime_ns == stamp, "an unchanged README is not written"
     with_cell(built, md("See @fig-gone."))
     failed = toybook.build(built)
-    assert failed.returncode == 1 and "02_second.ipynb, cell 13" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 1 and "02_second.ipynb, cell 17" in failed.stderr and "Traceback" not in failed.stderr
     assert files(built / "_docs") == before
     assert not list(built.glob("*.new")) and not list(built.glob("*.old"))
 

@@ -132,7 +132,7 @@ def test_table_and_repr(curves):
     assert fit.table.loc[("rate", "all"), "estimate"] == fit.estimates["rate"].item()
     assert fit.table.loc[("offset", 3), "standard error"] == fit.errors["offset"][3].item()
     assert "4 curves" in repr(fit) and "amplitude" in repr(fit) and "<table" in fit._repr_html_()
-    with pytest.raises(ValueError, match="'speed'"): fit.interval("speed")
+    with pytest.raises(ValueError, match="^name: one of .* is expected, got 'speed'"): fit.interval("speed")
     for level in (0, 1, 95):
         with pytest.raises(ValueError, match="level"): fit.interval("rate", level)
 
@@ -155,13 +155,15 @@ BROKEN[3] = math.nan
     (dict(noise=0.), "noise"), (dict(noise=-1.), "noise"), (dict(noise=math.nan), "noise"), (dict(noise=torch.ones(3)), r"noise: shape \(3,\)"),
     (dict(shared="speed"), "no constant 'speed'"), (dict(shared=("rate", "speed")), "no constant 'speed'"),
     (dict(strength={"speed": 1.}), "no constant 'speed'"),
-    (dict(strength={"rate": -1.}), "strength of 'rate'"), (dict(strength={"rate": math.inf}), "strength of 'rate'"), (dict(strength={"rate": "big"}), "strength"),
+    (dict(strength={"rate": -1.}), "strength of 'rate'"), (dict(strength={"rate": math.inf}), "strength of 'rate'"),
     (dict(strength={"rate": 1.}, shared="rate"), "shared already"),
     (dict(start=dict(amplitude=1., rate=1.)), "start: .*do not fit"),
     (dict(start=dict(GUESS, speed=1.)), "start: .*do not fit"),
     (dict(start=dict(GUESS, rate=[1., 1., 1.])), "'rate' has 3 values, 2 are expected"),
     (dict(start=dict(GUESS, rate=[1., 1.]), shared="rate"), "'rate' has 2 values, 1 are expected"),
-    (dict(start=dict(GUESS, rate=math.nan)), "start: 'rate'"),
+    (dict(start=dict(GUESS, rate=math.nan)), "start: 'rate'"), (dict(start=dict(GUESS, rate=[[1., 1.]])), "start: 'rate': one number per curve at most"), (dict(steps=0), "^steps: "), (dict(steps=-3), "^steps: "),
+    (dict(strength={"rate": math.nan}), "strength of 'rate'"), (dict(curve=lambda t, a: 3.0, start=dict(a=1.)), "^curve: values that follow from the constants"), (dict(curve=lambda t, a: t, start=dict(a=1.)), "^curve: values that follow"),
+    (dict(curve=lambda t, a: a.detach() * t, start=dict(a=1.)), "^curve: values that follow"), (dict(curve=lambda t, a: a @ torch.zeros(3, 3), start=dict(a=1.)), "^curve: values that follow"), (dict(curve=lambda t, a: None, start=dict(a=1.)), "^curve: "),
     (dict(start=dict(GUESS, rate=-1e4)), "not finite"),
     (dict(t=T[:14], y=V[:14], group=G[:14]), "2 points for 3 constants"),
     (dict(curve=lambda t, a, b: (a + b) * t, start=dict(a=1., b=2.)), "do not determine a, b"),
@@ -174,9 +176,12 @@ def test_bad_curves(change, message):
     with pytest.raises(ValueError, match=message): fit_curves(**options)
 
 
-@pytest.mark.parametrize("change", [dict(group=G.double()), dict(start=[1., 1., 0.]), dict(start={})])
+@pytest.mark.parametrize("change", [dict(group=G.double()), dict(group=G > 0), dict(group="ab"), dict(group=[None]), dict(start=[1., 1., 0.]), dict(start={}), dict(start=None), dict(start={1: 2.}), dict(start=dict(GUESS, rate=None)), dict(start=dict(GUESS, rate="1")),
+                                    dict(curve=None), dict(curve=3), dict(curve="decay"), dict(curve=max), dict(t=None), dict(t="abc"), dict(t=[[1.0], [2.0, 3.0]]), dict(t=T > 1), dict(y=None), dict(y=V.cfloat()), dict(y=[None] * 24),
+                                    dict(noise="small"), dict(noise=True), dict(noise=[None]), dict(shared=3), dict(shared=[3]), dict(shared=None), dict(shared=[["rate"]]), dict(strength=3), dict(strength=["rate"]), dict(strength={"rate": "big"}),
+                                    dict(strength={"rate": True}), dict(strength={"rate": None}), dict(steps=None), dict(steps=10.0), dict(steps=True)], ids=lambda change: next(iter(change)))
 def test_bad_kinds(change):
-    with pytest.raises(TypeError): fit_curves(**dict(curve=decay, t=T, y=V, group=G, start=GUESS) | change)
+    with pytest.raises(TypeError, match=f"^{next(iter(change))}.* expected, got"): fit_curves(**dict(curve=decay, t=T, y=V, group=G, start=GUESS) | change)
 
 
 def test_points_for_as_many_constants():
@@ -188,3 +193,10 @@ def test_points_for_as_many_constants():
 
 def test_no_convergence():
     with pytest.raises(RuntimeError, match="no convergence in"): fit_curves(decay, T, V, G, start=GUESS, steps=2)
+
+
+@pytest.mark.parametrize("name, level, error, message", [(None, .9, TypeError, "^name: "), (3, .9, TypeError, "^name: "), ("rate", None, TypeError, "^level: "), ("rate", "0.9", TypeError, "^level: "), ("rate", True, TypeError, "^level: "),
+                                                         ("rate", 0, ValueError, "^level: "), ("rate", 1, ValueError, "^level: "), ("rate", math.nan, ValueError, "^level: ")])
+def test_bad_arguments_of_an_interval(name, level, error, message):
+    fit = fit_curves(decay, T, V, G, start=GUESS)
+    with pytest.raises(error, match=message): fit.interval(name, level)

@@ -51,13 +51,13 @@ def test_parts_accept_other_labels_than_numbers():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(n=0), ["n is 0", "at least 1"]),
-    (dict(n=10, valid=-0.1), ["valid is -0.1", "from 0.0"]),
-    (dict(n=10, test=1.2, valid=0), ["test=1.2", "valid=0"]),
-    (dict(n=10, valid=0.7, test=0.3), ["valid=0.7", "test=0.3", "below 1"]),
-    (dict(n=10, test=float("nan")), ["test is nan"]),
-    (dict(n=10, labels=[1, 2]), ["2 entries", "n=10"]),
-    (dict(n=10, seed=-1), ["seed is -1"]),
+    (dict(n=0), ["n: ", "of at least 1", "got 0"]),
+    (dict(n=10, valid=-0.1), ["valid: ", "from 0 to 1", "got -0.1"]),
+    (dict(n=10, test=1.2, valid=0), ["test: ", "from 0 to 1", "got 1.2"]),
+    (dict(n=10, valid=0.7, test=0.3), ["valid + test", "below 1", "(0.7, 0.3)"]),
+    (dict(n=10, test=float("nan")), ["test: ", "got nan"]),
+    (dict(n=10, labels=[1, 2]), ["labels: one class for each of n=10 examples", "(2,)"]),
+    (dict(n=10, seed=-1), ["seed: ", "got -1"]),
 ])
 def test_parts_refuse(options, words):
     with pytest.raises(ValueError) as error: parts(**options)
@@ -66,7 +66,7 @@ def test_parts_refuse(options, words):
 
 @pytest.mark.parametrize("n", [2.0, "ten", True, None])
 def test_parts_want_a_whole_number(n):
-    with pytest.raises(TypeError, match="n is .* expected a whole number"): parts(n)
+    with pytest.raises(TypeError, match="^n: a whole number is expected, got"): parts(n)
 
 
 def test_standardize_uses_the_first_part_only():
@@ -209,28 +209,32 @@ def test_shared_curves():
 # bad options ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("make, options, words", [
-    (digits, dict(valid=0.6, test=0.4), ["valid=0.6", "test=0.4"]),
-    (digits, dict(test=-0.2), ["test is -0.2"]),
-    (digits, dict(seed=-3), ["seed is -3"]),
-    (two_spirals, dict(density=0), ["density is 0", "at least 1"]),
-    (two_spirals, dict(noise=-1.0), ["noise is -1.0"]),
-    (two_spirals, dict(noise=float("inf")), ["noise is inf"]),
-    (parity, dict(bits=0), ["bits is 0", "at least 1"]),
-    (parity, dict(bits=21), ["bits is 21", "at most 20"]),
-    (monks, dict(problem=4), ["problem is 4", "1, 2 or 3"]),
-    (monks, dict(problem=1, valid=1.5), ["valid is 1.5"]),
-    (task_pair, dict(correlation=1.01), ["correlation is 1.01", "-1 to 1"]),
-    (task_pair, dict(correlation=float("nan")), ["correlation is nan"]),
-    (task_pair, dict(n=0), ["n is 0"]),
-    (task_pair, dict(dim=1), ["dim is 1", "at least 2"]),
-    (adding, dict(steps=1), ["steps is 1", "at least 2"]),
-    (adding, dict(n=-5), ["n is -5"]),
-    (copying, dict(delay=0), ["delay is 0"]),
-    (copying, dict(symbols=1), ["symbols is 1"]),
-    (copying, dict(n=1001, symbols=10, length=3), ["n is 1001", "1000 sequences"]),
-    (shared_curves, dict(groups=0), ["groups is 0"]),
-    (shared_curves, dict(points=1), ["points is 1", "at least 2"]),
-    (shared_curves, dict(rate=-1.0), ["rate is -1.0"]),
+    (digits, dict(valid=0.6, test=0.4), ["valid + test", "(0.6, 0.4)"]),
+    (digits, dict(test=-0.2), ["test: ", "got -0.2"]),
+    (digits, dict(seed=-3), ["seed: ", "got -3"]),
+    (two_spirals, dict(density=0), ["density: ", "at least 1", "got 0"]),
+    (two_spirals, dict(noise=-1.0), ["noise: ", "at least 0", "got -1.0"]),
+    (two_spirals, dict(noise=float("inf")), ["noise: a finite number", "got inf"]),
+    (parity, dict(bits=0), ["bits: ", "from 1 to 20", "got 0"]),
+    (parity, dict(bits=21), ["bits: ", "from 1 to 20", "got 21"]),
+    (monks, dict(problem=4), ["problem: ", "from 1 to 3", "got 4"]),
+    (monks, dict(problem=1, valid=1.5), ["valid: ", "got 1.5"]),
+    (task_pair, dict(correlation=1.01), ["correlation: ", "-1 to 1", "got 1.01"]),
+    (task_pair, dict(correlation=float("nan")), ["correlation: ", "got nan"]),
+    (task_pair, dict(n=0), ["n: ", "got 0"]),
+    (task_pair, dict(dim=1), ["dim: ", "at least 2", "got 1"]),
+    (adding, dict(steps=1), ["steps: ", "at least 2", "got 1"]),
+    (adding, dict(n=-5), ["n: ", "got -5"]),
+    (copying, dict(delay=0), ["delay: ", "got 0"]),
+    (copying, dict(symbols=1), ["symbols: ", "got 1"]),
+    (copying, dict(n=1001, symbols=10, length=3), ["n: at most 1000, all sequences", "got 1001"]),
+    (shared_curves, dict(groups=0), ["groups: ", "got 0"]),
+    (shared_curves, dict(points=1), ["points: ", "at least 2", "got 1"]),
+    (two_spirals, dict(radius=0), ["radius: ", "above 0", "got 0"]), (two_spirals, dict(radius=-1), ["radius: "]), (two_spirals, dict(seed=-1), ["seed: "]),
+    (monks, dict(seed=-1), ["seed: "]), (monks, dict(problem=0), ["problem: ", "got 0"]), (task_pair, dict(scale=0), ["scale: ", "above 0"]), (task_pair, dict(sines=-1), ["sines: "]),
+    (task_pair, dict(noise=float("nan")), ["noise: "]), (copying, dict(length=0), ["length: "]), (adding, dict(valid=1.0), ["valid + test"]), (parity, dict(test=1.0), ["valid + test"]),
+    (shared_curves, dict(span=0), ["span: ", "above 0", "got 0"]), (shared_curves, dict(span=float("inf")), ["span: "]), (shared_curves, dict(noise=-1), ["noise: "]),
+    (shared_curves, dict(rate=-1.0), ["rate: ", "got -1.0"]),
 ])
 def test_bad_options(make, options, words):
     with pytest.raises(ValueError) as error: make(**options)
@@ -238,9 +242,52 @@ def test_bad_options(make, options, words):
 
 
 @pytest.mark.parametrize("make, options", [(adding, dict(steps=5.0)), (parity, dict(bits="4")), (task_pair, dict(correlation="high")),
-                                           (copying, dict(n=None)), (shared_curves, dict(groups=True))])
+                                           (copying, dict(n=None)), (shared_curves, dict(groups=True)),
+                                           (monks, dict(problem=True)), (monks, dict(problem="1")), (monks, dict(problem=None)), (monks, dict(published="no")), (monks, dict(one_hot=1)), (monks, dict(valid=None)),
+                                           (shared_curves, dict(same_amplitude=None)), (shared_curves, dict(span=None)), (shared_curves, dict(rate=[1.0])), (two_spirals, dict(radius="6")), (two_spirals, dict(noise=None)),
+                                           (two_spirals, dict(noise=True)), (digits, dict(seed=None)), (digits, dict(seed=1.0)), (digits, dict(valid="0.2")), (parity, dict(seed=[0])), (adding, dict(seed=None)),
+                                           (task_pair, dict(scale=None)), (task_pair, dict(sines=4.0)), (data.mnist, dict(seed=None)), (data.adult, dict(valid=None)), (data.conll2000, dict(least=1.5)),
+                                           (data.fashion_mnist, dict(valid="half"))])
 def test_options_of_the_wrong_type(make, options):
-    with pytest.raises(TypeError, match=f"{next(iter(options))} is"): make(**options)
+    with pytest.raises(TypeError, match=f"^{next(iter(options))}: .* is expected, got"): make(**options)
+
+
+@pytest.mark.parametrize("name", [None, 3, ["digits"], {"digits"}, True, torch.zeros(2)], ids=lambda v: type(v).__name__)
+def test_load_wants_a_name(name):
+    with pytest.raises(TypeError, match="^name: one of adding, adult, .* is expected, got"): load(name)
+
+
+@pytest.mark.parametrize("labels, error", [([[1, 2], [3, 4]], ValueError), (3, ValueError), ("abcd", ValueError), (["a", 1, None, 2], TypeError), ([[1], [2, 3], [4], [5]], TypeError)])
+def test_labels_that_are_none(labels, error):
+    with pytest.raises(error, match="^labels: "): parts(4, 0, 0, labels=labels)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ((None,), TypeError, "^train: a floating point tensor is expected, got None"), (([[1.0]],), TypeError, "^train: "), ((torch.ones(2, 2).long(),), TypeError, "^train: .* got Tensor of int64"),
+    ((torch.ones(3),), ValueError, "^train: a tensor of 2 axes"), ((torch.zeros(0, 2),), ValueError, "^train: a tensor with at least one element"),
+    ((torch.tensor([[1.0, float("nan")]]),), ValueError, "^train: finite numbers are expected, got 1 of 2"), ((torch.ones(2, 2), torch.ones(2, 3)), ValueError, r"^others\[0\]: a tensor of shape \(any, 2\)"),
+    ((torch.ones(2, 2), torch.ones(2, 2), None), TypeError, r"^others\[1\]: "), ((torch.ones(2, 2), torch.full((2, 2), float("inf"))), ValueError, r"^others\[0\]: finite numbers"),
+])
+def test_bad_arguments_of_standardize(arguments, error, message):
+    with pytest.raises(error, match=message): standardize(*arguments)
+
+
+TINY = data.Sentences(((("We", "PRP"), ("read", "VBP")),))
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ((None, ("a",), ()), TypeError, "^sentences: `Sentences` is expected, got NoneType"), ((["We read"], ("a",), ()), TypeError, "^sentences: .* got list"),
+    ((TINY, None, ()), TypeError, "^words: a tuple is expected, got None"), ((TINY, "ab", ()), TypeError, "^words: "), ((TINY, ("a",), None), TypeError, "^tags: a tuple is expected, got None"),
+    ((TINY, ("a",), "ab"), TypeError, "^tags: "), ((TINY, ("a",), (None,)), TypeError, r"^tags\[0\]: "), ((TINY, ("a",), (("PRP",),)), ValueError, r"^tags\[0\]: every tag .* got \['VBP'\]"),
+    ((TINY, ("a",), (("PRP", "VBP"), ("O",))), ValueError, "^k: a whole number from 0 to 1 is expected, got 2"),
+])
+def test_bad_arguments_of_encode(arguments, error, message):
+    with pytest.raises(error, match=message): encode(*arguments)
+
+
+@pytest.mark.parametrize("problem, a", [(1, None), (2, [[1] * 6]), (3, np.ones((2, 5))), (1, np.ones(6))])
+def test_attributes_of_another_form(problem, a):
+    with pytest.raises(TypeError, match=r"^a: an array of shape \(n, 6\) is expected, got"): monks_rule(problem, a)
 
 
 def test_load_lists_the_names_that_exist():
@@ -249,7 +296,7 @@ def test_load_lists_the_names_that_exist():
     with pytest.raises(ValueError, match="did you mean 'two_spirals'"): load("spirals")
     with pytest.raises(ValueError, match="did you mean 'mnist'"): load("MNIST")
     assert names() == sorted([*EMBEDDED, "mnist", "fashion_mnist", "adult", "conll2000"])
-    with pytest.raises(TypeError, match="bitz"): load("parity", bitz=3)
+    with pytest.raises(TypeError, match="^option of parity: .* got 'bitz'"): load("parity", bitz=3)
 
 
 # the full data sets, on small copies of their formats ------------------------------------------------------------
@@ -272,7 +319,7 @@ def test_encode(tmp_path):
     text = read_conll(tmp_path / "a.txt")
     x, y = encode(text, ("<pad>", "<unknown>", "read"), (("PRP", "UH", "VBP"),))
     assert x.tolist() == [[1, 2], [1, 0]] and y[..., 0].tolist() == [[0, 2], [1, -100]]
-    with pytest.raises(ValueError, match=r"tags \['UH'\] in column 1, expected one of PRP, VBP"):
+    with pytest.raises(ValueError, match=r"tags\[0\]: every tag of column 1 in \('PRP', 'VBP'\) is expected, got \['UH'\]"):
         encode(text, ("<pad>", "<unknown>"), (("PRP", "VBP"),))
 
 

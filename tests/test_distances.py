@@ -1,11 +1,14 @@
 "Distances between weights: the fast road against PyTorch's own losses, in every type, layout and mode."
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from sharetie.distances import DISTANCES, _add_compiled, _add_lists, _add_pieces, _plain_sums, add_slopes_, pair_distances, shrink
+from sharetie.distances import DISTANCES, _add_compiled, _add_lists, _add_pieces, _plain_sums, add_slopes_, can_add_slopes, pair_distances, shrink
 
 SUMS = ("squared_l2", "l1", "huber")
 SHAPES = [(2, 3), (), (0,), (7,), (1 << 20) + 5, (1100, 1000)]  # empty, scalar, one and several pieces and buckets
@@ -146,7 +149,7 @@ def test_a_tensor_in_several_pairs_gets_every_slope(compiled):
 
 @pytest.mark.parametrize("call, message", [
     (lambda x: pair_distances(x, x, "manhattan"), "distance: one of .* got 'manhattan'"),
-    (lambda x: pair_distances(x, x, "huber", 0.0), "delta: a number above 0 is expected, got 0.0"),
+    (lambda x: pair_distances(x, x, "huber", 0.0), "delta: a finite number above 0 is expected, got 0.0"),
     (lambda x: pair_distances(x, x, "huber", float("nan")), "delta"),
     (lambda x: pair_distances([], []), "got 0 and 0"),
     (lambda x: pair_distances(x, x + x), "got 1 and 2"),
@@ -160,6 +163,42 @@ def test_bad_input_names_what_came(call, message):
     x = [torch.zeros(3, requires_grad=True)]
     with pytest.raises(ValueError, match=message): call(x)
     assert x[0].grad is None
+
+
+X = [torch.zeros(3)]
+
+
+@pytest.mark.parametrize("call", [pair_distances, lambda *a: add_slopes_(*a, [1.0]), lambda *a: can_add_slopes(*a, "l1")], ids=["pair_distances", "add_slopes_", "can_add_slopes"])
+@pytest.mark.parametrize("bad", [None, 3, "x", torch.zeros(1, 3), [None], [1.0], [[1.0]], [np.zeros(3)], {"a": X[0]}, (t for t in X)], ids=lambda v: type(v).__name__)
+def test_lists_of_something_else(call, bad):
+    with pytest.raises(TypeError, match="^x: a list of tensors is expected, got"): call(bad, X)
+    with pytest.raises(TypeError, match="^y: a list of tensors is expected, got"): call(X, bad)
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: pair_distances(X, X, None), ValueError, "^distance: "), (lambda: pair_distances(X, X, ["l1"]), ValueError, "^distance: "), (lambda: pair_distances(X, X, "huber", None), TypeError, "^delta: a number"),
+    (lambda: pair_distances(X, X, "huber", True), TypeError, "^delta: "), (lambda: pair_distances(X, X, "huber", math.nan), ValueError, "^delta: "), (lambda: pair_distances(X, [torch.zeros(3, device="meta")]), ValueError, r"^x\[0\] is on cpu, y\[0\] on meta"),
+    (lambda: pair_distances(X * 2, [torch.zeros(3), torch.zeros(3, dtype=torch.int64)]), TypeError, r"^x\[1\] is torch.float32, y\[1\] is torch.int64"), (lambda: add_slopes_(X, X, None), TypeError, "^factors: a list of numbers"),
+    (lambda: add_slopes_(X, X, [None]), ValueError, "^factors: 1 finite numbers"), (lambda: add_slopes_(X, X, [math.nan]), ValueError, "^factors: "), (lambda: shrink(None, 1.0), TypeError, "^d: a floating point tensor is expected, got None"),
+    (lambda: shrink([1.0], 1.0), TypeError, "^d: "), (lambda: shrink(torch.ones(2).long(), 1.0), TypeError, "^d: "), (lambda: shrink(X[0], None), TypeError, "^t: a number"), (lambda: shrink(X[0], "1"), TypeError, "^t: "), (lambda: shrink(X[0], True), TypeError, "^t: "),
+    (lambda: shrink(X[0], math.nan), ValueError, "^t: a finite number of at least 0"), (lambda: shrink(X[0], 1.0, "huber", 0), ValueError, "^delta: "), (lambda: shrink(X[0], 1.0, None), ValueError, "^distance: "),
+])
+def test_arguments_of_another_kind(call, error, message):
+    with pytest.raises(error, match=message): call()
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_empty_tensors_are_no_distance_apart(distance):
+    x, y = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 3)
+    value = pair_distances([x], [y], distance)
+    assert value.tolist() == [0]
+    value.sum().backward()
+    assert x.grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_nan_weight_shows(distance):
+    assert pair_distances([torch.tensor([1.0, math.nan])], [torch.ones(2)], distance).isnan().all()
 
 
 @settings(max_examples=40, deadline=None)

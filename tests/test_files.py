@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sharetie import files
-from sharetie.files import IDX_TYPES, Source, find_file, read_conll, read_csv, read_idx
+from sharetie.files import IDX_TYPES, Sentences, Source, find_file, read_conll, read_csv, read_idx
 
 # readers ----------------------------------------------------------------------------------------------------------
 
@@ -257,3 +257,56 @@ def test_own_folder_comes_first_and_is_checked(server, tmp_path, monkeypatch):
     assert server.asked == [] and own.exists()
     own.unlink()
     assert find_file("toy", "a.gz", server.source("good")).parent == tmp_path / "cache/toy"
+
+
+# arguments of another kind ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("read", [read_idx, lambda path: read_csv(path, SCHEMA), read_conll])
+@pytest.mark.parametrize("path", [None, 3, ["a"], b"a", True])
+def test_no_path(read, path):
+    with pytest.raises(TypeError, match="^path: a path is expected, got"): read(path)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(columns=None), "^columns: a dictionary of float or words by column is expected, got None"), (dict(columns=["age", "sex"]), "^columns: "), (dict(columns={}), "^columns: "), (dict(columns="age"), "^columns: "),
+    (dict(columns={"age": int}), r"^columns\['age'\]: float or a tuple of words is expected, got int"), (dict(columns={"age": float, "sex": "Male"}), r"^columns\['sex'\]: .* got 'Male'"),
+    (dict(columns={"age": float, "sex": None}), r"^columns\['sex'\]: "), (dict(columns={"age": ()}), r"^columns\['age'\]: "), (dict(columns={"age": (1, 2)}), r"^columns\['age'\]: "),
+    (dict(columns=SCHEMA, comment=None), "^comment: text is expected, got None"), (dict(columns=SCHEMA, comment=3), "^comment: "),
+])
+def test_bad_options_of_read_csv(tmp_path, options, message):
+    (tmp_path / "a.csv").write_bytes(b"39, Male\n")
+    with pytest.raises(TypeError, match=message): read_csv(tmp_path / "a.csv", **options)
+
+
+def test_an_empty_comment_skips_nothing(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"39, Male\n")
+    assert len(read_csv(tmp_path / "a.csv", SCHEMA, comment="")) == 1
+
+
+@pytest.mark.parametrize("options, error, message", [(dict(columns=0), ValueError, "^columns: "), (dict(columns=None), TypeError, "^columns: "), (dict(columns=True), TypeError, "^columns: "),
+                                                     (dict(member=3), TypeError, "^member: ")])
+def test_bad_options_of_read_conll(tmp_path, options, error, message):
+    (tmp_path / "a.txt").write_bytes(b"We PRP B-NP\n\n")
+    with pytest.raises(error, match=message): read_conll(tmp_path / "a.txt", **options)
+
+
+@pytest.mark.parametrize("rows", [None, [], "ab", ("We",), (["We"],), 3])
+def test_no_sentences(rows):
+    with pytest.raises(TypeError, match="^rows: a tuple of sentences"): Sentences(rows)
+
+
+@pytest.mark.parametrize("k, error", [(3, ValueError), (-1, ValueError), (None, TypeError), ("0", TypeError), (True, TypeError)])
+def test_no_column(k, error):
+    with pytest.raises(error, match="^k: a whole number"): Sentences(((("We", "PRP", "B-NP"),),)).column(k)
+    assert Sentences(()).column(0) == []
+
+
+@pytest.mark.parametrize("arguments, message", [((None, "a"), "^name: text"), (("toy", None), "^file: text"), ((["toy"], "a"), "^name: text"), (("toy", "a", None), "^sources: "),
+                                                (("toy", "a", {"toy": None}), "^sources: "), (("toy", "a", ["toy"]), "^sources: ")])
+def test_bad_arguments_of_find_file(arguments, message):
+    with pytest.raises(TypeError, match=message): find_file(*arguments)
+
+
+@pytest.mark.parametrize("arguments, message", [(("http://host/", {}), "^urls: a tuple of addresses is expected, got 'http://host/'"), ((None, {}), "^urls: "), (((), None), "^files: "), (((), ["a"]), "^files: ")])
+def test_bad_sources(arguments, message):
+    with pytest.raises(TypeError, match=message): Source(*arguments)

@@ -212,8 +212,11 @@ X, Y = clouds(6)
 @pytest.mark.parametrize("x, y, error, message", [
     (X, Y + 1, ValueError, "labels from 0 to 2 are expected, got 1 to 3"),
     (X, Y - 1, ValueError, "got -1 to 1"),
-    (X, Y.double(), TypeError, "whole-number labels"),
-    (X, Y > 0, TypeError, "whole-number labels"),
+    (X, Y.double(), TypeError, "y: a tensor of whole numbers is expected, got Tensor of float64"),
+    (X, Y > 0, TypeError, "y: a tensor of whole numbers is expected, got Tensor of bool"),
+    (X, None, TypeError, "y: a tensor of whole numbers is expected, got None"), (X, Y.tolist(), TypeError, "^y: "), (None, Y, TypeError, "^x: a floating point tensor is expected, got None"),
+    (X.tolist(), Y, TypeError, "^x: "), (X.long(), Y, TypeError, "^x: "), (X.float(), Y, TypeError, "^x: a tensor of torch.float64, as the parameters, is expected"),
+    (X[:, :1], Y, ValueError, r"^x: a tensor of shape \(…, b, 2\) is expected, got \(6, 1\)"), (X[0], Y, ValueError, r"^x: a tensor of shape"),
     (X, Y[:-1], ValueError, r"shape \(5,\)"),
     (X, Y[:, None], ValueError, r"shape \(6, 1\)"),
     (X[:0], Y[:0], ValueError, "no labeled example")])
@@ -237,9 +240,43 @@ def test_bad_pairs():
     a, b = randomized(1), randomized(2)
     with pytest.raises(ValueError, match="generator"): Hybrid(a, b, alpha=0)
     with pytest.raises(ValueError, match="generator"): Hybrid(a, a, alpha=.5)
-    with pytest.raises(TypeError, match="Linear has no log_posterior"): Hybrid(nn.Linear(2, 3))
-    with pytest.raises(TypeError, match="Linear has no log_evidence"): Hybrid(a, nn.Linear(2, 3))
+    with pytest.raises(TypeError, match=r"^classifier: a module with log_posterior\(x\) is expected, got Linear"): Hybrid(nn.Linear(2, 3))
+    with pytest.raises(TypeError, match=r"^generator: a module with log_evidence\(x\) is expected, got Linear"): Hybrid(a, nn.Linear(2, 3))
     with pytest.raises(ValueError, match="shape"): Hybrid(a, randomized(classes=4))
     for prior in (0, -1, math.nan):
         with pytest.raises(ValueError, match="prior"): Hybrid(a, prior=prior)
     with pytest.raises(TypeError, match="prior"): Hybrid(a, prior="wide")
+
+
+@pytest.mark.parametrize("options, error, message", [
+    (dict(classes=None), TypeError, "^classes: "), (dict(classes=2.0), TypeError, "^classes: "), (dict(classes=True), TypeError, "^classes: "), (dict(width="2"), TypeError, "^width: "),
+    (dict(width=-1), ValueError, "^width: "), (dict(covariance=None), TypeError, "^covariance: one of 'diagonal', 'spherical' is expected, got None"), (dict(covariance="Diagonal"), ValueError, "did you mean 'diagonal'"),
+    (dict(shared=None), TypeError, "^shared: True or False"), (dict(shared="yes"), TypeError, "^shared: "), (dict(copies=3), TypeError, "^copies: a tuple of sizes is expected, got 3"),
+    (dict(copies=(0,)), ValueError, "^copies: "), (dict(copies=(1.5,)), TypeError, "^copies: ")])
+def test_bad_arguments_of_the_model(options, error, message):
+    with pytest.raises(error, match=message): GaussianClasses(**{"classes": 3, "width": 2} | options)
+
+
+@pytest.mark.parametrize("options, error, message", [
+    (dict(classifier=None), TypeError, "^classifier: .* got NoneType"), (dict(classifier=3), TypeError, "^classifier: "), (dict(generator=3), TypeError, "^generator: "),
+    *((dict(alpha=a), TypeError, "^alpha: a number is expected") for a in (None, "0.5", True, [0.5])), (dict(alpha=math.nan), ValueError, "^alpha: "),
+    *((dict(prior=p), TypeError, "^prior: a number is expected") for p in (None, True, [1.0]))])
+def test_bad_arguments_of_the_hybrid(options, error, message):
+    with pytest.raises(error, match=message): Hybrid(**{"classifier": randomized()} | options)
+
+
+@pytest.mark.parametrize("unlabeled, error, message", [([[1.0, 2.0]], TypeError, "^unlabeled: "), (3, TypeError, "^unlabeled: "), (X.long(), TypeError, "^unlabeled: "), (X.float(), ValueError, "^unlabeled: inputs like x"),
+                                                       (X[:, :1], ValueError, "^unlabeled: inputs like x")])
+def test_bad_unlabeled_inputs(unlabeled, error, message):
+    hybrid = Hybrid(randomized(), alpha=.5)
+    with pytest.raises(error, match=message): hybrid.loss(X, Y, unlabeled)
+    with pytest.raises(error, match=message): fit_hybrid(hybrid, (X, Y), unlabeled)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ((None, (X, Y)), TypeError, "^hybrid: a `Hybrid` is expected, got NoneType"), ((randomized(), (X, Y)), TypeError, "^hybrid: .* got GaussianClasses"), ((Hybrid(randomized()), None), TypeError, r"^labeled: a pair \(x, y\) is expected, got None"),
+    ((Hybrid(randomized()), (X,)), TypeError, "^labeled: "), ((Hybrid(randomized()), X), TypeError, "^labeled: "), ((Hybrid(randomized()), (X, Y), None, 0), ValueError, "^steps: "), ((Hybrid(randomized()), (X, Y), None, None), TypeError, "^steps: "),
+    ((Hybrid(randomized()), (X, Y), None, 1.5), TypeError, "^steps: "), ((Hybrid(randomized()), (X, Y), None, 9, -1.0), ValueError, "^tolerance: "), ((Hybrid(randomized()), (X, Y), None, 9, math.nan), ValueError, "^tolerance: "),
+    ((Hybrid(randomized()), (X, Y), None, 9, None), TypeError, "^tolerance: ")])
+def test_bad_arguments_of_the_fit(arguments, error, message):
+    with pytest.raises(error, match=message): fit_hybrid(*arguments)

@@ -23,7 +23,7 @@ from sharetie.results import COLORS, Comparison, compare, record, records, set_s
 
 @pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**32, ValueError), (1.0, TypeError), ("1", TypeError), (True, TypeError)])
 def test_bad_seeds(seed, error):
-    with pytest.raises(error, match="seed: got"): set_seed(seed)
+    with pytest.raises(error, match="seed: a whole number"): set_seed(seed)
 
 
 def test_the_style_changes_no_global_setting():
@@ -78,7 +78,7 @@ def test_numbers_as_names_keep_their_order_and_draw():
     table = compare({0.1: float, 10.0: float, 1.0: float}, range(3))
     assert table.index.tolist() == [0.1, 10, 1]
     assert table.draw().get_ylabel() == "value"
-    with pytest.raises(ValueError, match="metric: got 'loss', expected one of"): table.draw("loss")
+    with pytest.raises(ValueError, match="metric: one of 'value' is expected, got 'loss'"): table.draw("loss")
 
 
 def test_a_comparison_survives_pickling_and_shows_as_a_table():
@@ -90,16 +90,24 @@ def test_a_comparison_survives_pickling_and_shows_as_a_table():
 
 
 @pytest.mark.parametrize("arguments, error, message", [
-    (([float], [0]), TypeError, "variants: got list"),
-    (({}, [0]), ValueError, "variants: got none"),
-    (({"a": 1}, [0]), TypeError, "'a' is 1, expected a function"),
-    (({"a": float}, 3), TypeError, "seeds: got 3, expected several, such as range(10)"),
-    (({"a": float}, []), ValueError, "seeds: got []"),
-    (({"a": float}, [1, 1]), ValueError, "seeds: got [1, 1]"),
-    (({"a": float}, [0.5]), TypeError, "seeds: got 0.5"),
-    (({"a": float}, [0], "pool"), TypeError, "executor: got 'pool'"),
+    (([float], [0]), TypeError, "variants: a dict of functions of a seed is expected, got list"),
+    (({}, [0]), ValueError, "variants: at least one function of a seed is expected, got {}"),
+    (({"a": 1}, [0]), TypeError, "variants['a']: a function of (seed) is expected, got 1"),
+    (({"a": float}, 3), TypeError, "seeds: several, such as range(10), is expected, got 3"),
+    (({"a": float}, []), ValueError, "seeds: at least one is expected, got []"),
+    (({"a": float}, [1, 1]), ValueError, "seeds: each seed once is expected, got [1, 1]"),
+    (({"a": float}, [0.5]), TypeError, "seeds: whole numbers are expected, got [0.5]"),
+    (({"a": float}, [0], "pool"), TypeError, "executor: a concurrent.futures.Executor is expected, got 'pool'"),
     (({"a": float}, [0], ThreadPoolExecutor(1)), ValueError, "threads share one random state"),
-    (({"a": float}, [0], None, 0), ValueError, "threads: got 0"),
+    (({"a": float}, [0], None, 0), ValueError, "threads: a whole number of at least 1 is expected, got 0"),
+    ((None, [0]), TypeError, "variants: a dict of functions of a seed is expected, got NoneType"),
+    (({None: float}, [0]), TypeError, "variants: text or a number for every name is expected, got None"),
+    (({("a", 1): float}, [0]), TypeError, "variants: text or a number for every name"), (({math.nan: float}, [0]), TypeError, "variants: text or a number"),
+    (({"a": None}, [0]), TypeError, "variants['a']: a function of (seed) is expected, got None"),
+    (({"a": lambda: 0}, [0]), TypeError, "variants['a']: a function of (seed) is expected, got <lambda>()"),
+    (({"a": float}, "12"), TypeError, "seeds: several, such as range(10), is expected, got '12'"), (({"a": float}, None), TypeError, "seeds: several"),
+    (({"a": float}, [True]), TypeError, "seeds: whole numbers are expected, got [True]"), (({"a": float}, torch.tensor(1)), TypeError, "seeds: whole numbers are expected, got tensor(1)"), (({"a": float}, [-1]), ValueError, "seeds: a whole number from 0 to 4294967295"),
+    (({"a": float}, [0], None, None), TypeError, "threads: a whole number is expected, got None"), (({"a": float}, [0], None, True), TypeError, "threads: a whole number"),
     (({"a": lambda seed: "high"}, [4]), RuntimeError, "variant 'a', seed 4: TypeError: returned 'high'"),
     (({"a": lambda seed: {}}, [4]), RuntimeError, "variant 'a', seed 4: TypeError: returned {}"),
     (({"a": lambda seed: {"seed": 1}}, [4]), RuntimeError, "the names variant and seed are taken"),
@@ -149,18 +157,26 @@ def test_a_second_record_is_the_same_file_and_a_failed_one_changes_nothing(resul
 
 @pytest.mark.parametrize("name", ["a/b", "../a", "", ".hidden", "a b", 3, None, "a\\b", "a\n"])
 def test_bad_names_of_records(results, name):
-    with pytest.raises(ValueError, match="name: got"): record(name, measured=1)
+    with pytest.raises(ValueError if isinstance(name, str) else TypeError, match="^name: text"): record(name, measured=1)
     assert not results.exists()
 
 
 @pytest.mark.parametrize("values, error, message", [
-    (dict(measured=math.nan), ValueError, "measured: got nan, expected a finite number"),
-    (dict(measured={"a": [1, math.inf]}), ValueError, "measured['a'][1]: got inf"),
-    (dict(measured=torch.tensor([math.nan])), ValueError, "measured[0]: got nan"),
-    (dict(measured={1: 2}), TypeError, "measured: got the key 1, expected text"),
-    (dict(measured=object()), TypeError, "measured: got object"),
-    (dict(measured=1, published={"a": {2}}), TypeError, "published['a']: got set"),
-    (dict(measured=1, seeds=3), TypeError, "seeds: got 3"),
+    (dict(measured=math.nan), ValueError, "measured: a finite number is expected, got nan"),
+    (dict(measured={"a": [1, math.inf]}), ValueError, "measured['a'][1]: a finite number is expected, got inf"),
+    (dict(measured=torch.tensor([math.nan])), ValueError, "measured[0]: a finite number is expected, got nan"),
+    (dict(measured={1: 2}), TypeError, "measured: text for every key is expected, got 1"),
+    (dict(measured=object()), TypeError, "measured: a number, text, or a list or dict of them is expected, got object"),
+    (dict(measured=1, published={"a": {2}}), TypeError, "published['a']: a number, text, or a list or dict of them is expected, got set"),
+    (dict(measured=None), ValueError, "measured: at least one number, and no None, is expected, got None"), (dict(measured={}), ValueError, "measured: at least one number"),
+    (dict(measured=[]), ValueError, "measured: at least one number"), (dict(measured={"a": {"b": None}}), ValueError, "measured: at least one number"), (dict(measured=np.zeros(0)), ValueError, "measured: at least one number"),
+    (dict(measured={"a": []}), ValueError, "measured: at least one number"), (dict(measured=pd.DataFrame({"a": [1]})), TypeError, "measured: a number, text, or a list or dict of them is expected, got DataFrame"), (dict(measured=1j), TypeError, "got complex"),
+    (dict(measured={"a": 1}, published={"b": 1}), ValueError, "published: what was measured too (['a']) is expected, got ['b']"), (dict(measured=1, published={"b": 1}), ValueError, "published: what was measured too (one number)"),
+    (dict(measured={"a": {"x": 1}}, published={"a": {"y": 1}}), ValueError, "published['a']: what was measured too (['x']) is expected, got ['y']"),
+    (dict(measured=1, seeds=[1.7]), TypeError, "seeds: whole numbers are expected, got [1.7]"), (dict(measured=1, seeds="12"), TypeError, "seeds: several, such as range(10), is expected, got '12'"),
+    (dict(measured=1, seeds=[1, 1]), ValueError, "seeds: each seed once is expected, got [1, 1]"), (dict(measured=1, seeds=[-1]), ValueError, "seeds: a whole number from 0"), (dict(measured=1, seeds=[None]), TypeError, "seeds: whole numbers"),
+    (dict(measured=1, note=3), TypeError, "note: text is expected, got 3"), (dict(measured=1, note=np.zeros(2)), TypeError, "note: text"), (dict(measured=1, source=torch.zeros(2)), TypeError, "source: text"), (dict(measured=1, source=["Someone"]), TypeError, "source: text is expected"),
+    (dict(measured=1, seeds=3), TypeError, "seeds: several, such as range(10), is expected, got 3"),
 ])
 def test_bad_values_of_records(results, values, error, message):
     with pytest.raises(error) as e: record("claim", **values)
@@ -169,6 +185,29 @@ def test_bad_values_of_records(results, values, error, message):
 
 def test_a_pattern_without_records(results):
     with pytest.raises(ValueError, match=r"pattern: 'tying_\*' matches no record"): records("tying_*")
+
+
+@pytest.mark.parametrize("pattern, error", [("/etc/*", ValueError), ("../*", ValueError), ("a/b", ValueError), ("..", ValueError), ("", ValueError), ("a\\b", ValueError), ("a\n", ValueError),
+                                            ("**/*", ValueError), (None, TypeError), (3, TypeError), (["a"], TypeError)])
+def test_bad_patterns_of_records(results, pattern, error):
+    record("claim", measured=1)
+    with pytest.raises(error, match="^pattern: "): records(pattern)
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "3", '{"name": "claim"}', "\xff"])
+def test_a_file_that_is_no_record(results, text):
+    record("claim", measured=1)
+    (results / "claim.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="^claim.json: "): records()
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: subplots(0), ValueError, "^rows: "), (lambda: subplots(1, None), TypeError, "^cols: "), (lambda: subplots(True), TypeError, "^rows: "),
+    (lambda: compare({"a": float}, [1]).rounded(-1), ValueError, "^digits: "), (lambda: compare({"a": float}, [1]).rounded("2"), TypeError, "^digits: "),
+    (lambda: compare({"a": float}, [1]).draw(3), TypeError, "^metric: "), (lambda: compare({"a": float}, [1]).draw(ax=3), TypeError, "^ax: one axes of matplotlib"),
+])
+def test_bad_arguments_of_tables_and_figures(call, error, message):
+    with pytest.raises(error, match=message): call()
 
 
 def test_the_folder_of_results(tmp_path, monkeypatch):

@@ -1,10 +1,13 @@
 "The built site in headless Chromium, opened from file://: the toy book for every feature, the real book for every page."
+import colorsys
+import io
 import os
 import re
 import shutil
 from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 
 from toybook import real_site, toy_site  # noqa: F401
 
@@ -120,7 +123,7 @@ def test_search_finds_a_function_and_its_hit_leads_to_it(toy_site, open_page):
     page.keyboard.type("halve")
     first = page.locator("#results a").first
     first.wait_for()
-    assert first.locator("b").inner_text() == "halve_" and first.get_attribute("aria-selected") == "true"
+    assert first.locator("b").inner_text() == "halve_"
     page.keyboard.press("Enter")
     page.wait_for_url("**/first.html#halve_")
     assert page.locator("#halve_").is_visible()
@@ -131,33 +134,176 @@ def test_search_by_keyboard(toy_site, open_page):
     page.keyboard.press("/")
     page.keyboard.type("double")
     page.locator("#results a").nth(1).wait_for()
-    def chosen(): return page.locator("#results a[aria-selected=true]").get_attribute("id")
-    assert chosen() == "result-0" == page.get_attribute("#search", "aria-activedescendant")
-    page.keyboard.press("ArrowDown")
-    assert chosen() == "result-1"
-    page.keyboard.press("ArrowUp")
-    assert chosen() == "result-0"
-    page.keyboard.press("ArrowUp")
-    assert chosen() == f"result-{page.locator('#results a').count() - 1}"
+    def chosen():
+        marked = page.locator("#results a[aria-selected=true]").evaluate_all("x => x.map(a => a.id)")
+        assert [page.get_attribute("#search", "aria-activedescendant")] == (marked or [None])
+        return marked
+    assert chosen() == [], "nothing is marked until an arrow is pressed"
+    last = f"result-{page.locator('#results a').count() - 1}"
+    for key, expected in (("ArrowDown", "result-0"), ("ArrowDown", "result-1"), ("ArrowUp", "result-0"), ("ArrowUp", last), ("ArrowDown", "result-0")):
+        page.keyboard.press(key)
+        assert chosen() == [expected]
+    page.hover("#result-1")
+    assert chosen() == ["result-1"], "what the mouse points at is what is marked"
     page.keyboard.press("Escape")
     assert page.locator("#results").is_hidden() and page.input_value("#search") == ""
 
 
-def test_search_ranks_names_first_and_finds_words_of_the_text(toy_site, open_page):
+@pytest.mark.parametrize("keys, hit", [([], 0), (["ArrowDown"], 0), (["ArrowDown", "ArrowDown"], 1)])
+def test_enter_opens_the_marked_hit_or_the_first(toy_site, open_page, keys, hit):
     page = open_page(toy_site / "index.html")
+    page.fill("#search", "double")
+    page.locator("#results a").nth(1).wait_for()
+    wanted = page.locator("#results a").nth(hit).evaluate("a => a.href")
+    for key in [*keys, "Enter"]: page.keyboard.press(key)
+    page.wait_for_url(wanted)
+
+
+def test_enter_may_come_before_the_index(toy_site, open_page):
+    page = open_page(toy_site / "index.html")
+    page.evaluate("""() => {
+      const field = document.getElementById("search")
+      field.value = "halve"
+      field.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", cancelable: true}))
+    }""")
+    page.wait_for_url("**/first.html#halve_")
+
+
+def searching(page):
+    "A function that gives the headings of the hits for a query."
     def hits(query):
         page.fill("#search", query)
-        page.wait_for_function("q => document.getElementById('search').value === q && !document.getElementById('results').hidden", arg=query)
-        page.wait_for_timeout(50)
+        page.wait_for_function("() => document.getElementById('search-status').textContent")
+        page.evaluate("() => new Promise(requestAnimationFrame)")
         return page.locator("#results a b").all_inner_texts()
+    page.evaluate("() => { const field = document.getElementById('search'); field.addEventListener('input', () => { document.getElementById('search-status').textContent = '' }, true) }")
+    return hits
+
+
+def test_search_ranks_names_first_and_finds_words_of_the_text(toy_site, open_page):
+    hits = searching(open_page(toy_site / "index.html"))
     assert hits("double")[0] == "double", "the function before the headings and the prose that name it"
     assert hits("wide tables")[0] == "2.1 Wide tables"
     assert "double and halve_ together" in hits("quotation")
-    assert hits("xyzzy") == [] and page.locator("#results").inner_text() == "Nothing found."
-    assert "only output" not in " ".join(hits("double")), "outputs are not searched"
+    assert hits("xyzzy") == []
+    assert hits("only") == [], "outputs are not searched"
+
+
+@pytest.mark.parametrize("query, found", [
+    ("duoble", "double"), ("dubl", "double"), ("doubel", "double"), ("couble", "double"), ("hakve_", "halve_"), ("quotatoin", "double and halve_ together"),
+    ("fotnote qoutation", "double and halve_ together"), ("LIMTIS", "look"), ("duo", None), ("xyoubl", None), ("dubel", None),
+])
+def test_search_forgives_slips(toy_site, open_page, query, found):
+    hits = searching(open_page(toy_site / "index.html"))(query)
+    assert found in hits if found else hits == []
+
+
+def test_search_puts_what_is_meant_exactly_before_what_is_similar(toy_site, open_page):
+    page = open_page(toy_site / "index.html")
+    exact = searching(page)("wide")
+    similar = page.locator("#results small").evaluate_all("x => x.map(e => e.textContent.endsWith('similar'))")
+    assert "2.1 Wide tables" in exact and similar == sorted(similar)
+    searching(page)("widr")
+    assert set(page.locator("#results small").evaluate_all("x => x.map(e => e.textContent.endsWith('similar'))")) == {True}
+    assert page.locator("#results mark").first.inner_text().lower() == "wide"
+
+
+def test_snippets_are_as_the_page_reads(toy_site, open_page):
+    page = open_page(toy_site / "index.html")
+    hits = searching(page)
+    assert hits("add a number to itself")[0] == "1.1 The idea"
+    snippet = page.locator("#results p").first.inner_text()
+    assert snippet.startswith("To double is to add a number to itself (Knuth 1984, 3). Knuth (1984) says more; see Equation")
+    index = (toy_site / "assets" / "search-index.js").read_text()
+    assert not re.search(r"@\w|[\\\\]\w|\$\$|y = x\$", index), "neither TeX nor keys of citations"
+    assert "with y=x" in index and "x^2 and code" in index
+
+
+def test_search_index_is_small(real_site):
+    pages = list(real_site.glob("*.html"))
+    index = (real_site / "assets" / "search-index.js").stat().st_size
+    assert index < 30_000 * len(pages) and index < sum(p.stat().st_size for p in pages) / 4
 
 
 # What a page does
+
+
+def shades(page, box):
+    "How far the left and the right edge of `box` are from its ground, in steps of gray out of 255."
+    image = Image.open(io.BytesIO(box.screenshot())).convert("L")
+    ground = max(image.getcolors(1 << 20))[1]
+    edges = (image.crop((x, 0, x + 1, image.height)) for x in (3, image.width - 4))
+    return [abs(max(edge.getcolors(1 << 20))[1] - ground) for edge in edges]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1600])
+def test_what_is_wider_than_its_place_says_so_and_takes_the_keyboard(toy_site, open_page, width, scheme):
+    page = open_page(toy_site / "second.html", width, scheme)
+    table, formula = page.locator(".table-wrap").first, page.locator("#eq-second-wide .formula")
+    for box, name in ((table, "Table\N{NO-BREAK SPACE}2.1, scrolls"), (formula, "Formula, scrolls")):
+        assert box.evaluate("e => e.scrollWidth > e.clientWidth")
+        assert [box.get_attribute(a) for a in ("tabindex", "role", "aria-label")] == ["0", "region", name]
+        left, right = shades(page, box)
+        assert left < 4 and right > 20, "the right edge is shaded"
+        box.focus()
+        page.keyboard.press("End" if box is formula else "ArrowRight")
+        page.wait_for_function("e => e.scrollLeft > 0", arg=box.element_handle()) if box is table else None
+        box.evaluate("e => { e.style.scrollBehavior = 'auto'; e.scrollLeft = e.scrollWidth }")
+        if box is formula: assert shades(page, box)[0] > 20 > 4 > shades(page, box)[1], "at the end the left edge is shaded"
+    fits = page.locator(".table-wrap").nth(1)
+    assert fits.get_attribute("tabindex") is None and fits.get_attribute("role") is None and max(shades(page, fits)) < 4
+
+
+def test_the_names_of_the_rows_stay_in_sight(toy_site, open_page):
+    page = open_page(toy_site / "second.html", 380)
+    row = page.locator(".table-wrap tbody th").first
+    before = row.bounding_box()["x"]
+    page.locator(".table-wrap").first.evaluate("e => { e.scrollLeft = 300 }")
+    assert row.bounding_box()["x"] == before
+
+
+def hue(color): return colorsys.rgb_to_hsv(*(c / 255 for c in color))[0] * 360
+
+
+@pytest.mark.parametrize("chosen", [None, "light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_charts_take_the_ground_of_the_page_and_keep_their_hues(toy_site, open_page, scheme, chosen):
+    page = open_page(toy_site / "first.html", 1200, scheme)
+    if chosen: page.evaluate("t => { document.documentElement.dataset.theme = t }", chosen)
+    image = Image.open(io.BytesIO(page.locator("#fig-first-line img").screenshot())).convert("RGB")
+    ground = [int(c) for c in re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))]
+    assert all(abs(a - b) <= 2 for a, b in zip(image.getpixel((290, 10)), ground)), "white is the page's ground"
+    line = image.getpixel((150, 80))
+    assert abs(hue(line) - hue((0, 0x72, 0xB2))) < 15, "blue stays blue"
+    assert max(abs(a - b) for a, b in zip(line, ground)) > 90, "and stands out"
+
+
+def test_pictures_keep_their_colors_in_the_dark(toy_site, open_page):
+    page = open_page(toy_site / "second.html", 1200, "dark")
+    color = Image.open(io.BytesIO(page.locator("#fig-second-map img").screenshot())).convert("RGB").getpixel((290, 20))
+    assert abs(hue(color) - hue((0xE6, 0x9F, 0))) < 4 and .75 < color[0] / 0xE6 <= 1, "only dimmed"
+
+
+@pytest.mark.parametrize("width", [380, 1600])
+def test_a_long_default_does_not_stretch_its_entry(toy_site, open_page, width):
+    page = open_page(toy_site / "second.html", width)
+    entry = page.locator(".api", has=page.locator("#look"))
+    assert entry.locator("pre").inner_text() == "look(where, limits=LIMITS, steps=(…))"
+    assert entry.locator("pre, .table-wrap").evaluate_all("x => x.every(e => e.scrollWidth <= e.clientWidth)")
+    titles = entry.locator("[title]").evaluate_all("x => x.map(e => e.title)")
+    assert titles[0].startswith("{'the limit of measure number 0': (0, 0), ") and titles[1].endswith("98, 99)")
+    assert "Look in $HOME/<folder>/ for" in entry.inner_text() and "a path such as <folder>/name" in entry.inner_text()
+
+
+def test_the_chapter_that_is_read_is_in_sight_in_a_long_list(toy_site, open_page):
+    page = open_page(toy_site / "second.html")
+    page.set_viewport_size({"width": 1200, "height": 160})
+    page.reload()
+    box, list = page.locator("#sidebar [aria-current]").bounding_box(), page.locator("#sidebar").bounding_box()
+    assert page.locator("#sidebar").evaluate("e => e.scrollHeight > e.clientHeight")
+    assert list["y"] <= box["y"] and box["y"] + box["height"] <= list["y"] + list["height"]
+    assert page.evaluate("scrollY") == 0
 
 def test_dark_colors_are_kept(toy_site, open_page):
     page = open_page(toy_site / "index.html", scheme="light")
@@ -232,7 +378,7 @@ def test_numbers_and_cross_references(toy_site, open_page):
     assert "Knuth, Donald E. 1984" in page.locator("#refs").inner_text()
     assert page.locator("math[display=block]").count() == 2
     second = open_page(toy_site / "second.html")
-    assert second.locator("figcaption").all_inner_texts() == [f"Table{nbsp}2.1: Many columns.", f"Table{nbsp}2.2: A table of Markdown"]
+    assert second.locator("figcaption").all_inner_texts() == [f"Table{nbsp}2.1: Many columns.", f"Table{nbsp}2.2: A table of Markdown", f"Figure{nbsp}2.1: A map in colors."]
     index = open_page(toy_site / "index.html")
     assert index.locator("h1").inner_text() == "toybook" and index.locator("h2").inner_text() == "The map"
     assert index.locator("figcaption").inner_text() == f"Figure{nbsp}1: A line, on the first page."
@@ -276,14 +422,27 @@ def test_api_entries(toy_site, open_page):
     assert re.fullmatch(r"https://github\.com/toy/toybook/blob/main/toybook/first\.py#L\d+", entry.locator("a.api-source").get_attribute("href"))
     assert page.locator("details.fold summary").first.inner_text() == "Source of double, halve_"
     second = open_page(toy_site / "second.html")
-    assert second.locator(".api h3").evaluate_all("x => x.map(h => h.id)") == ["box", "box.open"]
+    assert second.locator(".api h3").evaluate_all("x => x.map(h => h.id)") == ["box", "box.open", "look"]
     assert second.locator("article p a[href='first.html#double'] code").count() == 1
 
 
 def test_a_printed_page_shows_the_text_and_what_is_folded(toy_site, open_page):
-    page = open_page(toy_site / "first.html")
+    page = open_page(toy_site / "first.html", scheme="dark")
     page.emulate_media(media="print")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     for hidden in (".bar", "#sidebar", "aside", ".pager", ".copy >> nth=0"): assert page.locator(hidden).is_hidden(), hidden
     assert page.get_by_text("Inside the fold.").is_visible()
+    assert page.locator("#fig-first-line img").evaluate("e => getComputedStyle(e).filter") == "none", "a chart is printed as it is"
     assert page.locator(".output-plain pre").nth(2).evaluate("e => e.scrollHeight <= e.clientHeight + 1"), "long output is printed whole"
+
+
+def test_wide_tables_and_formulas_fit_on_paper(toy_site, open_page):
+    page = open_page(toy_site / "second.html")
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 672, "height": 900})  # the text of a page of A4
+    for box in (page.locator(".table-wrap table").first, page.locator("#eq-second-wide math")):
+        assert box.evaluate("e => e.getBoundingClientRect().right") <= 672
+        assert box.evaluate("e => e.parentElement.scrollWidth <= e.parentElement.clientWidth + 1")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 672
+    small = page.locator(".table-wrap").nth(1)
+    assert small.evaluate("e => getComputedStyle(e).zoom") == "1", "what fits keeps its size"

@@ -1,4 +1,5 @@
 "sharetie.train: what a run repeats, resumes and refuses."
+import copy
 import math
 import os
 import pickle
@@ -221,7 +222,7 @@ def test_the_state_of_a_penalty_is_kept(tmp_path):
     (dict(data=toy(50)), "data was torch.float32 (60, 2), and is torch.float32 (50, 2)"),
     (dict(loss=partial(F.cross_entropy)), "loss was cross_entropy, and is partial"),
     (dict(lr=0.1), "optimizer was"),
-    (dict(epochs=1), "epochs: got 1, expected at least the 2"),
+    (dict(epochs=1), "epochs: at least the 2 of the checkpoint"),
 ])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, message):
     def run(model=None, data=None, loss=F.cross_entropy, lr=0.01, **options):
@@ -388,8 +389,8 @@ def test_a_run_whose_every_step_is_skipped_stops(tmp_path):
 def test_a_validation_loss_that_is_nan_stops_an_early_stop():
     calls = []
     def loss(output, y):
-        calls.append(torch.is_grad_enabled())
-        return F.cross_entropy(output, y) * (math.nan if calls.count(False) == 3 and not calls[-1] else 1)
+        calls.append(torch.is_grad_enabled())  # the first without gradients only tries the validation data
+        return F.cross_entropy(output, y) * (math.nan if calls.count(False) == 4 and not calls[-1] else 1)
     with pytest.raises(FloatingPointError, match="the validation loss is nan after epoch 3"):
         fit(net(), toy(), loss, valid=toy(30), patience=5)
     calls.clear()
@@ -510,50 +511,77 @@ def test_float64_stays_float64():
 
 X, Y = toy()
 BAD = {
-    "model, no module": (dict(model=print), TypeError, "model: got builtin_function_or_method, expected an nn.Module"),
-    "model without parameters": (dict(model=nn.ReLU()), ValueError, "model: has no parameter"),
-    "frozen model": (dict(model=nn.Linear(2, 2).requires_grad_(False)), ValueError, "model: has no parameter"),
-    "meta model": (dict(model=nn.Linear(2, 2, device="meta")), ValueError, "'weight' on the meta device"),
-    "data, one tensor": (dict(data=X), TypeError, "data: got Tensor, expected (x, y)"),
-    "data, array": (dict(data=(X.numpy(), Y)), TypeError, "data: got ndarray inside, expected tensors"),
-    "data, lengths": (dict(data=(X, Y[:7])), ValueError, "data: got [60] examples of x and [7] of y"),
-    "data, empty": (dict(data=(X[:0], Y[:0])), ValueError, "data: got 0 examples"),
-    "data, no leaves": (dict(data=((), ())), ValueError, "data: got [] examples of x"),
-    "data, scalar": (dict(data=(X, torch.tensor(1))), ValueError, "data: got a tensor without axes"),
-    "loader of x only": (dict(data=DataLoader(TensorDataset(X))), ValueError, "the loader gave list of 1, expected pairs"),
-    "empty loader": (dict(data=DataLoader(TensorDataset(X, Y), batch_size=100, drop_last=True)), ValueError, "data: the loader gave no batch"),
-    "valid, lengths": (dict(valid=(X, Y[:7])), ValueError, "valid: got [60] examples of x and [7] of y"),
-    "loss, no function": (dict(loss="mse"), TypeError, "loss: got 'mse', expected a function"),
-    "loss per example": (dict(loss=lambda output, y: output), ValueError, "loss: returned shape (60, 2), expected a scalar"),
-    "loss, text": (dict(loss=lambda output, y: "low"), TypeError, "loss: returned str, expected a scalar tensor"),
-    "loss without gradient": (dict(loss=lambda output, y: output.detach().sum()), ValueError, "loss: returned a value without gradient"),
-    "penalty, shape": (dict(penalty=lambda: torch.zeros(3)), ValueError, "penalty: returned shape (3,)"),
-    "penalty, no function": (dict(penalty=0.1), TypeError, "penalty: got 0.1, expected a function"),
-    "after_step, no function": (dict(after_step=1), TypeError, "after_step: got 1, expected a function"),
-    "after_step, list": (dict(after_step=[print, 1]), TypeError, "after_step: got 1, expected a function or a list of functions"),
-    "optimizer, no optimizer": (dict(optimizer="adam"), TypeError, "optimizer: got str, expected a torch optimizer"),
+    "model, no module": (dict(model=print), TypeError, "model: an nn.Module is expected, got builtin_function_or_method"),
+    "model without parameters": (dict(model=nn.ReLU()), ValueError, "model: a module with a parameter that trains is expected, got"),
+    "frozen model": (dict(model=nn.Linear(2, 2).requires_grad_(False)), ValueError, "model: a module with a parameter that trains is expected, got"),
+    "meta model": (dict(model=nn.Linear(2, 2, device="meta")), ValueError, "model: parameters with values are expected, 'weight' has none yet"),
+    "data, one tensor": (dict(data=X), TypeError, "data: (x, y), a Split, a Dataset or a DataLoader is expected, got Tensor"),
+    "data, array": (dict(data=(X.numpy(), Y)), TypeError, "data: a tensor in every part is expected, got ndarray"),
+    "data, lengths": (dict(data=(X, Y[:7])), ValueError, "data: as many examples of x as of y is expected, got ([60], [7])"),
+    "data, empty": (dict(data=(X[:0], Y[:0])), ValueError, "data: at least one example is expected, got 0"),
+    "data, no leaves": (dict(data=((), ())), ValueError, "data: as many examples of x as of y is expected, got ([], [])"),
+    "data, scalar": (dict(data=(X, torch.tensor(1))), ValueError, "data: a tensor with examples along its first axis is expected"),
+    "loader of x only": (dict(data=DataLoader(TensorDataset(X))), ValueError, "data: a loader of pairs (x, y) is expected, got one of list of 1"),
+    "empty loader": (dict(data=DataLoader(TensorDataset(X, Y), batch_size=100, drop_last=True)), ValueError, "data: a loader with at least one batch is expected, got none"),
+    "valid, lengths": (dict(valid=(X, Y[:7])), ValueError, "valid: as many examples of x as of y is expected, got ([60], [7])"),
+    "loss, no function": (dict(loss="mse"), TypeError, "loss: a function of (output, y) is expected, got 'mse'"),
+    "loss per example": (dict(loss=lambda output, y: output), ValueError, "loss: a scalar is expected of it, got shape (60, 2)"),
+    "loss, text": (dict(loss=lambda output, y: "low"), TypeError, "loss: a scalar tensor is expected of it, got str"),
+    "loss without gradient": (dict(loss=lambda output, y: output.detach().sum()), ValueError, "loss: a function of the weights is expected, got one without gradient"),
+    "penalty, shape": (dict(penalty=lambda: torch.zeros(3)), ValueError, "penalty: a scalar is expected of it, got shape (3,)"),
+    "penalty, no function": (dict(penalty=0.1), TypeError, "penalty: a function of nothing is expected, got 0.1"),
+    "after_step, no function": (dict(after_step=1), TypeError, "after_step: a function of (step) is expected, got 1"),
+    "after_step, list": (dict(after_step=[print, 1]), TypeError, "after_step: a function of (step) is expected, got 1"),
+    "optimizer, no optimizer": (dict(optimizer="adam"), TypeError, "optimizer: a torch optimizer is expected, got 'adam'"),
     "optimizer of another model": (dict(optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters())), ValueError, "none of the model's 6 parameters"),
-    "scheduler alone": (dict(scheduler=torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD([X]), 0.5)), ValueError, "scheduler: got one without `optimizer`"),
-    "epochs 0": (dict(epochs=0), ValueError, "epochs: got 0, expected 1 or more"),
-    "epochs 1.5": (dict(epochs=1.5), TypeError, "epochs: got 1.5, expected a whole number"),
-    "epochs True": (dict(epochs=True), TypeError, "epochs: got True"),
-    "batch_size 0": (dict(batch_size=0), ValueError, "batch_size: got 0, expected 1 or more"),
-    "batch_size and loader": (dict(data=DataLoader(TensorDataset(X, Y)), batch_size=3), ValueError, "batch_size: got 3 with a DataLoader"),
-    "device unknown": (dict(device="gpu"), ValueError, "device: got 'gpu'"),
-    "device absent": (dict(device="cuda:99"), ValueError, "device: got 'cuda:99'"),
-    "device meta": (dict(device="meta"), ValueError, "device: got 'meta'"),
-    "amp": (dict(amp=True), ValueError, "amp: got True, expected None, torch.float16 or torch.bfloat16"),
-    "clip 0": (dict(clip=0), ValueError, "clip: got 0, expected a positive number"),
-    "clip nan": (dict(clip=math.nan), ValueError, "clip: got nan"),
-    "patience 0": (dict(patience=0, valid=(X, Y)), ValueError, "patience: got 0"),
-    "patience without valid": (dict(patience=3), ValueError, "patience: got 3 without `valid`"),
+    "scheduler alone": (dict(scheduler=torch.optim.lr_scheduler.ExponentialLR(torch.optim.SGD([X]), 0.5)), ValueError, "scheduler: None without `optimizer` is expected, got <torch.optim.lr_scheduler.ExponentialLR object>"),
+    "epochs 0": (dict(epochs=0), ValueError, "epochs: a whole number of at least 1 is expected, got 0"),
+    "epochs 1.5": (dict(epochs=1.5), TypeError, "epochs: a whole number is expected, got 1.5"),
+    "epochs True": (dict(epochs=True), TypeError, "epochs: a whole number is expected, got True"),
+    "batch_size 0": (dict(batch_size=0), ValueError, "batch_size: a whole number of at least 1 is expected, got 0"),
+    "batch_size and loader": (dict(data=DataLoader(TensorDataset(X, Y)), batch_size=3), ValueError, "batch_size: None with a DataLoader, which decides, is expected, got 3"),
+    "device unknown": (dict(device="gpu"), ValueError, "device: one that is here is expected, got 'gpu'"),
+    "device absent": (dict(device="cuda:99"), ValueError, "device: one that is here is expected, got 'cuda:99'"),
+    "device meta": (dict(device="meta"), ValueError, "device: one that computes is expected, got 'meta'"),
+    "amp": (dict(amp=True), ValueError, "amp: None, torch.float16 or torch.bfloat16 is expected, got True"),
+    "clip 0": (dict(clip=0), ValueError, "clip: a finite number above 0 is expected, got 0"),
+    "clip nan": (dict(clip=math.nan), ValueError, "clip: a finite number above 0 is expected, got nan"),
+    "patience 0": (dict(patience=0, valid=(X, Y)), ValueError, "patience: a whole number of at least 1 is expected, got 0"),
+    "patience without valid": (dict(patience=3), ValueError, "patience: None without `valid` is expected, got 3"),
     "metrics without valid": (dict(metrics={"error": error_rate}), ValueError, "without `valid`"),
-    "metrics, name taken": (dict(metrics={"loss": error_rate}, valid=(X, Y)), ValueError, "metrics: got the name 'loss', expected another"),
-    "metrics, no functions": (dict(metrics=["error"], valid=(X, Y)), TypeError, "metrics: got ['error']"),
-    "seed": (dict(seed=-1), ValueError, "seed: got -1"),
-    "checkpoint, no path": (dict(checkpoint=3), TypeError, "checkpoint: got 3, expected a path"),
-    "checkpoint, no folder": (dict(checkpoint="/nowhere/run.pt"), ValueError, "expected a folder that exists"),
-    "checkpoint, a folder": (dict(checkpoint="/"), ValueError, "expected a file"),
+    "metrics, name taken": (dict(metrics={"loss": error_rate}, valid=(X, Y)), ValueError, "metrics: another name than 'loss', which is taken, is expected"),
+    "metrics, no functions": (dict(metrics=["error"], valid=(X, Y)), TypeError, "metrics: a dict of functions of (output, y) is expected, got ['error']"),
+    "seed": (dict(seed=-1), ValueError, "seed: a whole number from 0 to 4294967295 is expected, got -1"),
+    "checkpoint, no path": (dict(checkpoint=3), TypeError, "checkpoint: a path is expected, got 3"),
+    "checkpoint, no folder": (dict(checkpoint="/nowhere/run.pt"), ValueError, "checkpoint: a file in a folder that exists is expected, got '/nowhere/run.pt'"),
+    "model, none": (dict(model=None), TypeError, "model: an nn.Module is expected, got NoneType"),
+    "lazy model": (dict(model=nn.LazyLinear(2)), ValueError, "model: parameters with values are expected, 'weight' has none yet"),
+    "data, none": (dict(data=None), TypeError, "data: (x, y), a Split, a Dataset or a DataLoader is expected, got NoneType"),
+    "data, lists": (dict(data=([1.0], [0])), TypeError, "data: a tensor in every part is expected, got float"),
+    "data, width": (dict(data=(X[:, :1], Y)), ValueError, "data: a batch that fits model, loss and metrics is expected, got x float32 (60, 1) and y int64 (60,): mat1"),
+    "data, classes": (dict(data=(X, Y + 2)), ValueError, "data: a batch that fits model, loss and metrics is expected, got x float32 (60, 2) and y int64 (60,): Target"),
+    "valid, width": (dict(valid=(X[:, :1], Y)), ValueError, "valid: a batch that fits model, loss and metrics is expected, got x float32 (60, 1)"),
+    "valid, classes": (dict(valid=(X, Y + 2), batch_size=7), ValueError, "valid: a batch that fits model, loss and metrics is expected, got x float32 (7, 2)"),
+    "valid, loader": (dict(valid=DataLoader(TensorDataset(X[:, :1], Y), 4, shuffle=True)), ValueError, "valid: a batch that fits model, loss and metrics is expected, got x float32 (4, 1)"),
+    "valid, loader of x": (dict(valid=DataLoader(TensorDataset(X), 4)), ValueError, "a loader of pairs (x, y) is expected"),
+    "valid, text": (dict(valid="valid"), TypeError, "valid: (x, y), a Split"),
+    "metric fails": (dict(valid=(X, Y), metrics={"odd": lambda output, y: output @ output}), ValueError, "valid: a batch that fits model, loss and metrics is expected"),
+    "metric per example": (dict(valid=(X, Y), metrics={"odd": lambda output, y: output}), ValueError, "odd: a scalar is expected of it, got shape (60, 2)"),
+    "metric of one": (dict(valid=(X, Y), metrics={"odd": lambda output: 0}), TypeError, "metrics['odd']: a function of (output, y) is expected, got <lambda>(output)"),
+    "metrics, empty": (dict(valid=(X, Y), metrics={}), TypeError, "metrics: a dict of functions of (output, y) is expected, got {}"),
+    "loss, none": (dict(loss=None), TypeError, "loss: a function of (output, y) is expected, got None"),
+    "loss of one": (dict(loss=lambda output: 0), TypeError, "loss: a function of (output, y) is expected, got <lambda>(output)"),
+    "penalty of one": (dict(penalty=lambda model: 0), TypeError, "penalty: a function of nothing is expected, got <lambda>(model)"),
+    "after_step of nothing": (dict(after_step=lambda: 0), TypeError, "after_step: a function of (step) is expected, got <lambda>()"),
+    "epochs, none": (dict(epochs=None), TypeError, "epochs: a whole number is expected, got None"),
+    "epochs, nan": (dict(epochs=math.nan), TypeError, "epochs: a whole number is expected, got nan"),
+    "seed, none": (dict(seed=None), TypeError, "seed: a whole number is expected, got None"),
+    "clip True": (dict(clip=True), TypeError, "clip: a number is expected, got True"),
+    "clip text": (dict(clip="1"), TypeError, "clip: a number is expected, got '1'"),
+    "amp float64": (dict(amp=torch.float64), ValueError, "amp: None, torch.float16 or torch.bfloat16 is expected, got torch.float64"),
+    "batch_size -1": (dict(batch_size=-1), ValueError, "batch_size: a whole number of at least 1 is expected, got -1"),
+    "patience 1.5": (dict(patience=1.5, valid=(X, Y)), TypeError, "patience: a whole number is expected, got 1.5"),
+    "checkpoint, a folder": (dict(checkpoint="/"), ValueError, "checkpoint: a file, and no folder, is expected, got '/'"),
 }
 
 
@@ -562,7 +590,7 @@ def test_bad_arguments_of_fit(case):
     options, error, message = BAD[case]
     options = {"model": nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2), nn.Linear(2, 2)), "data": (X, Y), "loss": F.cross_entropy} | options
     model, rng = options.pop("model"), torch.get_rng_state()
-    before = [p.detach().clone() for p in model.parameters()] if isinstance(model, nn.Module) else []
+    before = [p.detach().clone() for p in model.parameters()] if isinstance(model, nn.Module) and case != "lazy model" else []
     with pytest.raises(error) as e: fit(model, options.pop("data"), options.pop("loss"), **options)
     assert message in str(e.value)
     if before and not before[0].is_meta: assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
@@ -576,10 +604,108 @@ def test_a_scheduler_of_another_optimizer():
         fit(model, toy(), F.cross_entropy, optimizer=ours, scheduler=torch.optim.lr_scheduler.ExponentialLR(other, 0.5))
 
 
+@pytest.mark.parametrize("scheduler, message", [
+    ("cosine", "scheduler: a scheduler with a function step is expected, got 'cosine'"), (lambda: 0, "scheduler: a scheduler with a function step"),
+    (type("Odd", (), {"step": lambda self, loss: 0})(), r"scheduler.step: a function of nothing is expected, got <lambda>\(loss\)"),
+    (type("Odd", (), {"step": 3})(), "scheduler.step: a function of nothing is expected, got 3")])
+def test_a_scheduler_that_cannot_step(scheduler, message):
+    model = nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    with pytest.raises(TypeError, match=message):
+        fit(model, toy(), F.cross_entropy, optimizer=torch.optim.SGD(model.parameters()), scheduler=scheduler)
+    assert torch.equal(model.weight, before)
+
+
+def test_float16_with_a_closure_is_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="amp: None or torch.bfloat16 for an optimizer with a closure is expected, got torch.float16"):
+        fit(model, toy(), F.cross_entropy, optimizer=torch.optim.LBFGS(model.parameters()), amp=torch.float16)
+
+
+class Counts(nn.Module):
+    "Draws a random number, counts its calls, and writes buffers in place and anew."
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(2, 2), 0
+        self.register_buffer("total", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls, self.last, self.seen = self.calls + 1, torch.rand(()), len(x)
+        self.total += 1
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("valid", [(X, Y + 2), DataLoader(TensorDataset(X, Y + 2), 5, shuffle=True, generator=torch.Generator().manual_seed(3))], ids=["tensors", "loader"])
+def test_trying_the_validation_data_leaves_no_trace(valid):
+    model = Counts().train()
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    generator = getattr(valid, "generator", None)
+    order = None if generator is None else generator.get_state()
+    with pytest.raises(ValueError, match="^valid: a batch that fits"): fit(model, toy(), F.cross_entropy, valid=valid)
+    assert model.calls == 0 and not hasattr(model, "seen") and model.training and torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert order is None or torch.equal(generator.get_state(), order)
+
+
+def test_a_stream_of_validation_data_is_read_once_per_epoch_only():
+    class Stream(IterableDataset):
+        reads = 0
+        def __iter__(self):
+            Stream.reads += 1
+            return zip(*toy())
+    fit(net(), toy(), F.cross_entropy, epochs=2, valid=DataLoader(Stream(), batch_size=7))
+    assert Stream.reads == 2
+
+
 def test_bad_metrics():
-    with pytest.raises(ValueError, match=r"each: returned shape \(60,\), expected a scalar"):
+    with pytest.raises(ValueError, match=r"each: a scalar is expected of it, got shape \(60,\)"):
         evaluate(net(), toy(), {"each": lambda output, y: output[:, 0]})
-    with pytest.raises(TypeError, match="metrics: got"): evaluate(net(), toy(), error_rate)
+    with pytest.raises(TypeError, match="metrics: a dict of functions"): evaluate(net(), toy(), error_rate)
+
+
+ERROR = {"error": error_rate}
+
+
+@pytest.mark.parametrize("model, data, metrics, options, error, message", [
+    (None, (X, Y), ERROR, {}, TypeError, "^model: an nn.Module is expected, got NoneType"), (print, (X, Y), ERROR, {}, TypeError, "^model: an nn.Module"),
+    (nn.LazyLinear(2), (X, Y), ERROR, {}, ValueError, "^model: parameters with values"), (nn.ReLU(), None, ERROR, {}, TypeError, "^data: .* got NoneType"),
+    (nn.ReLU(), X, ERROR, {}, TypeError, "^data: .* got Tensor"), (nn.ReLU(), ([1], [2]), ERROR, {}, TypeError, "^data: a tensor in every part is expected, got int"),
+    (nn.ReLU(), (X[:0], Y[:0]), ERROR, {}, ValueError, "^data: at least one example"), (nn.ReLU(), (X, Y[:3]), ERROR, {}, ValueError, "^data: as many examples"),
+    (nn.ReLU(), (X, Y), None, {}, TypeError, "^metrics: .* got None"), (nn.ReLU(), (X, Y), {}, {}, TypeError, "^metrics: .* got {}"),
+    (nn.ReLU(), (X, Y), {1: error_rate}, {}, TypeError, "^metrics: "), (nn.ReLU(), (X, Y), {"a": None}, {}, TypeError, r"^metrics\['a'\]: a function of \(output, y\) is expected, got None"),
+    (nn.ReLU(), (X, Y), {"a": lambda output: 0}, {}, TypeError, r"^metrics\['a'\]: "), (nn.Linear(3, 2), (X, Y), ERROR, {}, ValueError, r"^data: a batch .* got x float32 \(60, 2\) and y int64 \(60,\): mat1"),
+    (nn.ReLU(), (X, Y.float()), ERROR, {}, ValueError, "^data: a batch .* a tensor of whole numbers is expected"), (nn.ReLU(), (X, Y), {"a": lambda output, y: "b"}, {}, TypeError, "^a: a scalar tensor is expected of it, got str"),
+    *((nn.ReLU(), (X, Y), ERROR, dict(batch_size=b), e, "^batch_size: ") for b, e in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ("1", TypeError))),
+    (nn.ReLU(), (X, Y), ERROR, dict(device="gpu"), ValueError, "^device: "), (nn.ReLU(), (X, Y), ERROR, dict(device=1.5), ValueError, "^device: "), (nn.ReLU(), (X, Y), ERROR, dict(amp="half"), ValueError, "^amp: "),
+])
+def test_bad_arguments_of_evaluate(model, data, metrics, options, error, message):
+    with pytest.raises(error, match=message): evaluate(model, data, metrics, **options)
+
+
+@pytest.mark.parametrize("output, y, error, message", [
+    (None, Y, TypeError, "^output: a tensor is expected, got None"), ([[1.0]], Y, TypeError, "^output: "), (X, None, TypeError, "^y: a tensor of whole numbers is expected, got None"),
+    (X, Y.tolist(), TypeError, "^y: "), (X, Y.float(), TypeError, "^y: "), (X, Y.bool(), TypeError, "^y: "), (X, Y[:3], ValueError, r"^y: a tensor of shape \(60\) is expected, got \(3,\)"),
+    (X, Y[:, None], ValueError, "^y: a tensor of shape"), (X[:0], Y[:0], ValueError, "^output: a tensor with at least one element"), (torch.tensor(1.0), torch.tensor(0), ValueError, "^output: a row of scores"),
+])
+def test_bad_arguments_of_error_rate(output, y, error, message):
+    with pytest.raises(error, match=message): error_rate(output, y)
+
+
+LOSSES = History({"train_loss": [2.0, 1.0], "valid_loss": [1.0, 2.0]}, index=[1, 2])
+
+
+@pytest.mark.parametrize("options, error, message", [
+    (dict(ax=3), TypeError, "^ax: one axes of matplotlib is expected, got 3"), (dict(columns=3), TypeError, "^columns: names of columns is expected, got 3"), (dict(columns=[]), ValueError, "^columns: at least one"),
+    (dict(columns="valid"), ValueError, "^columns: one of 'train_loss', 'valid_loss' is expected, got 'valid'"), (dict(columns=[None]), TypeError, "^columns: "), (dict(columns=["train_loss", 1]), TypeError, "^columns: "),
+])
+def test_bad_arguments_of_draw(options, error, message):
+    with pytest.raises(error, match=message): LOSSES.draw(**options)
+
+
+@pytest.mark.parametrize("history", [History({"error": [1.0]}), History({"train_loss": [math.nan]}), History({"train_loss": []}, dtype=float)], ids=["no loss", "nan", "empty"])
+def test_a_history_without_a_best_epoch(history):
+    with pytest.raises(ValueError, match="^history: "): history.best_epoch
 
 
 # ---- several processes

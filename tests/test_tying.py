@@ -309,11 +309,12 @@ def test_groups_on_two_devices_are_refused_when_made():
 
 @pytest.mark.parametrize("options, message", [
     (dict(start=0, end=1, steps=3), "numbers above 0"), (dict(start=-1, end=1, steps=3), "start"), (dict(start=1, end=math.inf, steps=3), "end"),
-    (dict(start=1, end=2, steps=0), "steps"), (dict(start=1, end=2, steps=1.5), "steps"), (dict(start=1, end=2, steps=True), "steps"), (dict(start=1, end=2, steps=3, shape="square"), "shape"),
+    (dict(start=1, end=2, steps=0), "steps"), (dict(start=1, end=2, steps=1.5), "steps"), (dict(start=1, end=2, steps=True), "steps"), (dict(start=1, end=2, steps=None), "steps"), (dict(start=None, end=2, steps=3), "start"),
+    (dict(start=1, end="2", steps=3), "end"), (dict(start=math.nan, end=2, steps=3), "start"), (dict(start=1, end=2, steps=3, shape=None), "shape"), (dict(start=1, end=2, steps=3, shape="square"), "shape"),
 ])
 def test_bad_schedules_leave_the_strength(options, message):
     tie = TiePenalty([(torch.ones(1), torch.zeros(1))], strength=2.0)
-    with pytest.raises(ValueError, match=message): anneal(tie, **options)
+    with pytest.raises((ValueError, TypeError), match=f"^{message}|{message} is expected"): anneal(tie, **options)
     assert tie.strength == {"groups[0]": 2.0}
 
 
@@ -417,7 +418,20 @@ def test_fisher_diagonal_equals_the_loop_over_examples_and_labels():
 def test_fisher_diagonal_refuses_no_examples_and_no_chunk():
     with pytest.raises(ValueError, match="x: at least one"): fisher_diagonal(mlp(), torch.zeros(0, 4))
     for chunk in (0, 1.5):
-        with pytest.raises(ValueError, match="chunk: a whole number"): fisher_diagonal(mlp(), torch.zeros(2, 4), chunk)
+        with pytest.raises((ValueError, TypeError), match="chunk: a whole number"): fisher_diagonal(mlp(), torch.zeros(2, 4), chunk)
+    for x in (torch.zeros(2, 9), torch.zeros(2, 4).long()):
+        with pytest.raises(ValueError, match="^x: examples that the model takes are expected, got shape"): fisher_diagonal(mlp(), x)
+
+
+@pytest.mark.parametrize("fisher, error, message", [
+    ([None, None], TypeError, r"^fisher\[0\]: a dictionary of tensors is expected, got None"), ([{"weight": 1.0}, {"weight": 1.0}], TypeError, r"^fisher of models\[0\].weight: a floating point tensor"),
+    ([{"weight": torch.ones(2)}] * 2, ValueError, r"^fisher of models\[0\].weight: a tensor of shape \(1, 2\) is expected, got \(2,\)"), ([{"weight": torch.ones(1, 2).long()}] * 2, TypeError, "^fisher of"),
+    ([{"weight": torch.tensor([[1.0, math.nan]])}] * 2, ValueError, "^fisher of"), ([{"weight": torch.ones(1, 2)}], ValueError, r"^fisher: a dictionary for models\[1\] too")])
+def test_a_fisher_diagonal_of_another_form_changes_nothing(fisher, error, message):
+    a, b = (nn.Linear(2, 1, bias=False) for _ in range(2))
+    before = a.weight.detach().clone(), b.weight.detach().clone()
+    with pytest.raises(error, match=message): harden_(TiePenalty(a, b), to="fisher", fisher=fisher)
+    assert torch.equal(a.weight, before[0]) and torch.equal(b.weight, before[1]) and a.weight is not b.weight
 
 
 # What it refuses at construction

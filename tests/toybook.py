@@ -68,9 +68,9 @@ BIB = """@book{knuth1984,
 """
 
 
-def png(width=300, height=160):
-    "A white picture with a blue diagonal, base64."
-    rows = b"".join(b"\0" + b"".join(b"\x00\x72\xb2" if abs(x * height - y * width) < 600 else b"\xff\xff\xff" for x in range(width)) for y in range(height))
+def png(width=300, height=160, ground=b"\xff\xff\xff"):
+    "A picture, white but for `ground`, with a blue diagonal, base64."
+    rows = b"".join(b"\0" + b"".join(b"\x00\x72\xb2" if abs(x * height - y * width) < 600 else ground for x in range(width)) for y in range(height))
     def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
@@ -83,6 +83,7 @@ FRAME = """<div>
 <table border="1" class="dataframe">
   <thead>
     <tr style="text-align: right;"><th></th>%s</tr>
+    <tr><th>model</th>%s</tr>
   </thead>
   <tbody>
     <tr><th>free</th>%s</tr>
@@ -93,9 +94,10 @@ FRAME = """<div>
 
 
 def frame(columns=3):
-    "The HTML of a DataFrame."
+    "The HTML of a DataFrame whose index has a name, and whose last value is missing."
     def cells(tag, values): return "".join(f"<{tag}>{v}</{tag}>" for v in values)
-    return FRAME % (cells("th", [f"measure_{i}" for i in range(columns)]), cells("td", [f"{i / 7:.4f}" for i in range(columns)]), cells("td", [f"{i / 3:.4f}" for i in range(columns)]))
+    return FRAME % (cells("th", [f"measure_{i}" for i in range(columns)]), cells("th", [""] * columns),
+                    cells("td", [f"{i / 7:.4f}" for i in range(columns)]), cells("td", [*(f"{i / 3:.4f}" for i in range(columns - 1)), "NaN"]))
 
 
 def md(source): return {"cell_type": "markdown", "metadata": {}, "source": source}
@@ -167,6 +169,11 @@ def second():
         code('#| export\n@dataclass(frozen=True)\nclass Box:\n    "A box that holds a number."\n    number: float  # what it holds\n    name: str = "box"  # how it is called\n\n    def open(self):\n        "Give what it holds."\n        return double(self.number)'),
         md("Opening:"),
         code("show_doc(Box.open)"),
+        code("#| export\nLIMITS = {f'the limit of measure number {i}': (0, i) for i in range(60)}"),
+        code("#| export\ndef look(\n    where: str,  # a path such as <folder>/name\n    limits: dict = LIMITS,  # what is allowed\n    steps: tuple = tuple(range(100)),  # one by one\n) -> bool:  # was it there?\n"
+             '    "Look in $HOME/<folder>/ for what keeps to all limits."\n    return bool(where and limits and steps)'),
+        md("A formula that is wide:\n\n$$ y = " + " + ".join(f"a_{{{i}}} x^{{{i}}}" for i in range(24)) + " $$ {#eq-second-wide}"),
+        code('#| label: fig-second-map\n#| fig-cap: "A map in colors."\nmap()', shown("image/png", png(ground=b"\xe6\x9f\x00"))),
         md("### The same line\n\nTo the [index](index.ipynb) and the [entry](00_first.ipynb#double)."),
         code("#| hide\nimport nbdev; nbdev.nbdev_export()"),
     ]
