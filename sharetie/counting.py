@@ -9,6 +9,7 @@ __all__ = ['RULES', 'Origin', 'Origins', 'products', 'operands', 'rule_for', 'Us
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -37,24 +38,26 @@ class Origins:
         self.own, self.held, self.found, self.loose = {}, {}, {}, WeakIdKeyDictionary()
         for unit in units:
             self.held.setdefault(unit.storage, []).append(unit)
-            for t in unit.tensors: self.own[id(t)] = _weight([unit], t.numel())
+            for t in unit.tensors: self.own[id(t)] = unit
 
-    def __getitem__(self, tensor):
-        "The origin of a tensor, None for a constant."
-        if origin := self.own.get(id(tensor)): return origin
+    def look(self, tensor):
+        "The storage of a tensor and its origin, None for a constant."
+        if unit := self.own.get(id(tensor)): return unit.storage, _weight([unit], tensor.numel())
         key = storage_of(tensor)
-        if key is None: return self.loose.get(tensor)
-        if units := self.held.get(key):
-            near = units if len(units) == 1 else [unit for unit in units if unit.reaches(tensor)]
-            return _weight(near or units, tensor.numel())
-        return self.found[key][1] if key in self.found else None
+        if key in self.found: return key, self.found[key][1]
+        if key is None: return key, self.loose.get(tensor)
+        if not (units := self.held.get(key)): return key, None
+        near = units if len(units) == 1 else [unit for unit in units if unit.reaches(tensor)]
+        return key, _weight(near or units, tensor.numel())
+
+    def __getitem__(self, tensor): return self.look(tensor)[1]
 
     def __setitem__(self, tensor, origin):
         "Remember an origin; what is stored remains a weight."
         key = storage_of(tensor)
         if key is None: self.loose[tensor] = origin
-        elif key not in self.held:
-            self.found[key] = StorageWeakRef(tensor.untyped_storage()), origin
+        elif key in self.found: self.found[key] = self.found[key][0], origin
+        elif key not in self.held: self.found[key] = StorageWeakRef(tensor.untyped_storage()), origin
 
     def parts(self,
         tensor: Tensor,  # a weight, or a view of one
@@ -63,6 +66,9 @@ class Origins:
         origin = self[tensor]
         if tensor.numel() == origin.numel: return origin.parts
         return {frozenset().union(*origin.parts): tensor.numel()}
+
+
+_DATA = Origin("data")
 
 
 def _weight(units, numel):
@@ -172,18 +178,39 @@ _RULES |= {
 RULES = {f"aten::{name}": rule for names, rule in _RULES.items() for name in names.split()}
 
 # %% ../nbs/03_counting.ipynb #72425598
+class _Facts(NamedTuple):
+    "What the schema of an operation says."
+    name: str = ""          # without the overload, `aten::mm`
+    arguments: tuple = ()   # names
+    writes: tuple = ()      # names of the arguments that it writes to
+    mutable: bool = False
+    pointwise: bool = False
+    seen: bool = True       # a higher-order operation runs others that are not seen
+    quiet: bool = False     # on data alone there is nothing to note
+    composite: bool = False  # made of other operations
+
+
+@lru_cache(maxsize=None)
+def _facts(func):
+    "The schema of an operation, read once."
+    schema = getattr(func, "_schema", None)
+    if schema is None: return _Facts(str(func), seen=False)
+    mutable, arguments = schema.is_mutable, tuple(a.name for a in schema.arguments)
+    writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    if "batch_norm" in schema.name and not mutable:  # writes, and does not say so
+        writes = [name for name in arguments if name.startswith("running_")]
+    pointwise, quiet = torch.Tag.pointwise in func.tags, schema.name.startswith("aten::")
+    key = "CompositeImplicitAutograd"
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+    return _Facts(schema.name, arguments, tuple(writes), mutable, pointwise, True, quiet, composite)
+
+# %% ../nbs/03_counting.ipynb #561a30f3
 def rule_for(
     func,  # an operation, such as torch.ops.aten.mm.default
 ) -> Callable | None:  # None: there is none, and the operation is not pointwise
     "The rule that counts an operation. Add to the dictionary `RULES` for operations of your own."
-    pointwise = torch.Tag.pointwise in getattr(func, "tags", ())
-    return RULES.get(_name(func), _each if pointwise else None)
-
-
-def _name(func):
-    "The name of an operation without its overload, `aten::mm`."
-    schema = getattr(func, "_schema", None)
-    return str(func) if schema is None else schema.name
+    facts = _facts(func)
+    return RULES.get(facts.name, _each if facts.pointwise else None)
 
 # %% ../nbs/03_counting.ipynb #071d9c3c
 def _tensors(values):
@@ -195,9 +222,8 @@ def _tensors(values):
 
 def _bound(func, args, kwargs):
     "The arguments of an operation by name."
-    schema = getattr(func, "_schema", None)
-    names = map(str, range(len(args))) if schema is None else (a.name for a in schema.arguments)
-    return dict(zip(names, args)) | kwargs
+    facts = _facts(func)
+    return dict(zip(facts.arguments if facts.seen else map(str, range(len(args))), args)) | kwargs
 
 # %% ../nbs/03_counting.ipynb #1f352c98
 class Uses:
@@ -214,6 +240,9 @@ class UseCounter(TorchDispatchMode):
     Mark the inputs by `counter.origins[x] = Origin("data")`, and run the model `with counter:`."""
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls): return False  # nothing is compiled here, and skipping costs time
+
     def __init__(self,
         model: nn.Module,
         units: list[Unit] | None = None,  # of the model, if they are known
@@ -227,14 +256,21 @@ class UseCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = [(t, self.origins[t]) for t in _tensors((*args, *kwargs.values()))]
-        kinds = {origin.kind for _, origin in inputs if origin}
-        if "weight" in kinds and rule_for(func) is None and hasattr(func, "decompose"):
-            with self: out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented: return out
+        tensors = list(_tensors((*args, *kwargs.values())))
+        keys, origins = zip(*map(self.origins.look, tensors)) if tensors else ((), ())
+        kinds = {origin and origin.kind for origin in origins}
+        if kinds == {"data"} and _facts(func).quiet: return self._pass(func(*args, **kwargs), keys)
+        if "weight" in kinds and _facts(func).composite and rule_for(func) is None:
+            with self: return func.decompose(*args, **kwargs)
         _protect(self, func, a := _bound(func, args, kwargs))
         out = func(*args, **kwargs)
-        _follow(self, func, a, out, inputs, kinds)
+        _follow(self, func, a, out, list(zip(tensors, origins)), keys, kinds)
+        return out
+
+    def _pass(self, out, keys):
+        "The output of an operation on data alone, which is data."
+        for t in _tensors(out if isinstance(out, (list, tuple)) else [out]):
+            if storage_of(t) not in keys: self.origins[t] = _DATA
         return out
 
     @torch.no_grad()
@@ -246,17 +282,10 @@ class UseCounter(TorchDispatchMode):
 # %% ../nbs/03_counting.ipynb #750445ba
 def _protect(counter, func, a):
     "Keep what of the model an operation is about to write."
-    schema = getattr(func, "_schema", None)
-    if schema is None: return
-    silent = "batch_norm" in schema.name and not schema.is_mutable  # writes, and does not say so
-    if not (silent or schema.is_mutable): return
-    for argument in schema.arguments:
-        writes = argument.alias_info and argument.alias_info.is_write
-        if not (writes or silent and argument.name.startswith("running_")): continue
-        for t in _tensors([a.get(argument.name)]):
-            for place in counter.state.get(storage_of(t), ()):
-                if id(place.tensor) not in counter.saved:
-                    counter.saved[id(place.tensor)] = place.tensor, place.tensor.detach().clone()
+    for t in _tensors(a.get(name) for name in _facts(func).writes):
+        for place in counter.state.get(storage_of(t), ()):
+            if id(place.tensor) not in counter.saved:
+                counter.saved[id(place.tensor)] = place.tensor, place.tensor.detach().clone()
 
 # %% ../nbs/03_counting.ipynb #510910d8
 _BLANKS = {f"aten::{name}" for name in (
@@ -266,7 +295,7 @@ _BLANKS = {f"aten::{name}" for name in (
 
 def _kind(counter, func, a, inputs, kinds):
     "What an operation gives; None for a constant."
-    if not inputs or _name(func) in _BLANKS: return "blank"
+    if not inputs or _facts(func).name in _BLANKS: return "blank"
     for kind in ("data", "state"):
         if kind in kinds: return kind
     if "weight" not in kinds: return "blank" if "blank" in kinds else None
@@ -275,22 +304,23 @@ def _kind(counter, func, a, inputs, kinds):
     return "state" if any(o and o.kind == "blank" for o in met) else "weight"
 
 # %% ../nbs/03_counting.ipynb #36f3e800
-def _follow(counter, func, a, out, inputs, kinds):
+def _follow(counter, func, a, out, inputs, keys, kinds):
     "Count the weights that an operation takes, and remember where its outputs come from."
-    name, schema = _name(func), getattr(func, "_schema", None)
-    if schema is None: counter.notes[f"{name} runs operations that are not seen"] += 1
-    packed = any(isinstance(value, torch.ScriptObject) for value in a.values())
+    facts = _facts(func)
+    name = facts.name
+    if not facts.seen: counter.notes[f"{name} runs operations that are not seen"] += 1
+    packed = not name.startswith("aten::") and any(isinstance(v, torch.ScriptObject) for v in a.values())
     if packed: counter.notes[f"{name} takes packed weights"] += 1
     if name == "aten::embedding_renorm_": return
     if name == "aten::_local_scalar_dense": return _note(counter, f"{name} reads a number", inputs)
     kind = _kind(counter, func, a, inputs, kinds)
     outputs = list(_tensors([out] if isinstance(out, Tensor) else out or ()))
-    if kind in ("data", "state") and outputs: _count(counter, func, a, outputs[0], kind)
+    meets = "weight" in kinds or getattr(rule_for(func), "factors", ())
+    if kind in ("data", "state") and outputs and meets: _count(counter, func, a, outputs[0], kind)
     if kind is None: return
-    known, writes = {storage_of(t) for t, _ in inputs} - {None}, schema is not None and schema.is_mutable
     for t in outputs:
-        alias = storage_of(t) in known
-        if alias and not writes: continue  # a view: its storage is known
+        alias = (key := storage_of(t)) is not None and key in keys
+        if alias and not facts.mutable: continue  # a view: its storage is known
         if alias and kind != "weight": _check_overwritten(counter, name, t)
         counter.origins[t] = _made(counter, func, inputs, t, alias) if kind == "weight" else Origin(kind)
 
@@ -304,7 +334,7 @@ def _made(counter, func, inputs, out, alias):
     numel = out.untyped_storage().nbytes() // out.element_size() if alias else out.numel()
     weights, parts = [t for t, o in inputs if o and o.kind == "weight"], Counter()
     for t in weights: parts.update(counter.origins.parts(t))
-    name = _name(func)
+    name = _facts(func).name
     elementwise = name in _COPIES or rule_for(func) is _each and name not in RULES
     copied = elementwise and len(weights) == 1 and weights[0].numel() == out.numel() == numel
     if name in _JOINS or copied: return Origin("weight", dict(parts), numel)
@@ -321,7 +351,7 @@ def _check_overwritten(counter, name, out):
 # %% ../nbs/03_counting.ipynb #0a03d98d
 def _count(counter, func, a, out, kind):
     "Count what the weights among an operation's operands are used for."
-    name, rule = _name(func), rule_for(func)
+    name, rule = _facts(func).name, rule_for(func)
     factors = getattr(rule, "factors", ())
     for argument, t in ((argument, t) for argument, value in a.items() for t in _tensors([value])):
         origin = counter.origins[t]

@@ -7,6 +7,7 @@ __all__ = ['module_paths', 'Place', 'places', 'Tie', 'Ties', 'find_ties', 'Map',
            'view_map']
 
 # %% ../nbs/02_finding.ipynb #8792f02f
+from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
@@ -242,13 +243,10 @@ def find_ties(
 
 def _find(walked):
     "The ties in the modules that a walk gave."
-    held, again = {}, set()
-    for _, module in walked:
-        for own in (module._parameters, module._buffers):
-            for tensor in own.values():
-                if tensor is None: continue
-                if id(tensor) in held: again.add(id(tensor))
-                else: held[id(tensor)] = tensor
+    named = [tensor for _, module in walked for own in (module._parameters, module._buffers) if own
+             for tensor in own.values() if tensor is not None]
+    held, again = dict(zip(map(id, named), named)), set()
+    if len(held) < len(named): again = {i for i, n in Counter(map(id, named)).items() if n > 1}
     tensors = list(held.values())
     clusters = [[id(tensors[i]) for i in cluster] for cluster in sorted(_clusters(tensors))]
     rows = _rows(walked, again.union(*clusters))

@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .binding import _Whole
 from .distances import DISTANCES, add_slopes_, can_add_slopes, pair_distances, shrink
 from .errors import function, need, nonnegative, tensor, whole
+from .finding import places
+from .making import tie_
 from .members import check_group, group_members, per_group
 
 # %% ../nbs/04_tying.ipynb #9655418d
@@ -314,13 +317,14 @@ class Moved(NamedTuple):
 # %% ../nbs/04_tying.ipynb #97ab90a0
 @torch.no_grad()
 def harden_(
-    penalty: TiePenalty,  # whose groups become shared; members of modules, none with a map
-    to: str = "mean",  # value of the shared weight: "mean", "first" or "fisher"
+    penalty: TiePenalty,  # whose groups become shared; members of modules
+    to: str = "mean",  # value of the shared weight: "mean", "first" or "fisher"; with a map "first"
     # for "fisher": per model the diagonal by parameter name, from `fisher_diagonal`
     fisher: Sequence[Mapping[str, Tensor]] | None = None,
-    model: nn.Module | None = None,  # what holds the tied models, if other parts of it share their weights
+    model: nn.Module | None = None,  # what holds all members, if there is more than the tied models
 ) -> list[Moved]:  # one entry per member, in the order of the groups
-    """Make the members of every group one Parameter, the first; make the optimizer anew after.
+    """Make the members of every group one Parameter, the first, or what their map makes of it.
+    The optimizer is made anew after.
 
     Raises ValueError, before anything changes, for members that cannot be one and bad options.
     Source: "fisher" is Matena and Raffel 2022, with equal weights for the models."""
@@ -328,24 +332,50 @@ def harden_(
     _check_hardens(penalty, to, fisher)
     fine = model is None or isinstance(model, nn.Module)
     need(fine, "model", "a module", type(model), TypeError)
-    groups = penalty.groups.items()
-    values = {label: _shared_value(group, to, fisher) for label, group in groups}
-    report, new = [], {}
-    for label, group in groups:
-        before = [m.tensor for m in group]
-        for member, old in zip(group, before):
-            new_value, old_value = _accurate([values[label], old])
-            way, length = (new_value - old_value).norm().item(), old_value.norm().item()
-            report.append(Moved(member.name, way, way / length if length else math.inf if way else 0.))
-        before[0].copy_(values[label]).requires_grad_(any(w.requires_grad for w in before))
-        new |= {id(old): before[0] for old in before[1:]}
+    values = {label: _shared_value(group, to, fisher) for label, group in penalty.groups.items()}
+    report = [moved for label, group in penalty.groups.items()
+              for moved in _moves(group, values[label], penalty.maps[label])]
+    _share_through_maps(penalty, model)
+    new = {}
+    for label, group in penalty.groups.items():
+        if penalty.maps[label] is not None: continue
+        first, *others = (m.tensor for m in group)
+        first.requires_grad_(any(w.requires_grad for w in (first, *others))).copy_(values[label])
+        new |= {id(old): first for old in others}
     roots = penalty._models if model is None else [*penalty._models, model]
     for module in (module for root in roots for module in root.modules()):
         for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if id(old) in new: setattr(module, name, new[id(old)])  # under all of its names
     return report
 
+
+def _moves(group, value, map):
+    "How far each member of a group moves to the shared value, the others by way of the map."
+    for i, member in enumerate(group):
+        shared = value if map is None or i == 0 else map(value.to(member.tensor.dtype))
+        new, old = _accurate([shared, member.tensor])
+        way, length = (new - old).norm().item(), old.norm().item()
+        yield Moved(member.name, way, way / length if length else math.inf if way else 0.)
+
 # %% ../nbs/04_tying.ipynb #792383e9
+def _share_through_maps(penalty, model):
+    "Tie the groups that have a map, all or none."
+    mapped = {label: map for label, map in penalty.maps.items() if map is not None}
+    if not mapped: return
+    root = penalty._models[0] if model is None and len(penalty._models) == 1 else model
+    need(root is not None, "model", f"the module that holds the members of {list(mapped)}", model)
+    with _Whole(root):
+        for label, map in mapped.items(): tie_(root, _names_in(root, penalty.groups[label]), map=map)
+
+
+def _names_in(root, group):
+    "The names of a group's members in a module."
+    names = {(id(place.owner), place.attribute): name for name, place in places(root).items()}
+    lost = [m.name for m in group if (id(m.owner), m.attribute) not in names]
+    need(not lost, "model", f"a module that holds {lost}", type(root))
+    return [names[id(m.owner), m.attribute] for m in group]
+
+# %% ../nbs/04_tying.ipynb #65bf184c
 def _check_hardens(penalty, to, fisher):
     "Raise unless the members of every group can become one."
     need(to in ("mean", "first", "fisher"), "to", "'mean', 'first' or 'fisher'", to)
@@ -357,7 +387,7 @@ def _check_hardens(penalty, to, fisher):
     _check_apart(penalty, "; put its members into one group")
     for label, group in penalty.groups.items():
         if penalty.maps[label] is not None:
-            raise ValueError(f"map of {label}: members of different shapes cannot become one")
+            need(to == "first", "to", f"'first' for {label}, which has a map with no way back,", to)
         if bare := [m.name for m in group if m.owner is None or type(m.tensor) is Tensor]:
             raise ValueError(f"{label}: {bare} are bare tensors or computed ones; "
                              "only Parameters of modules can be made one")

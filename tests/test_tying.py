@@ -398,9 +398,32 @@ def test_refused_hardening_changes_nothing(call, message):
     assert all(p is q for p, q in zip(owners, [*a.parameters(), *b.parameters()]))
 
 
-def test_harden_refuses_a_map():
-    x = nn.ModuleList([nn.Linear(2, 3), nn.Linear(3, 2)])
-    with pytest.raises(ValueError, match="map of 0.weight"): harden_(TiePenalty(x, members=[("0.weight", "1.weight")], map=lambda w: w.T))
+def transposed():
+    model = nn.ModuleList([nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)])
+    return model, TiePenalty(model, members=[("0.weight", "1.weight")], map=lambda w: w.T)
+
+
+def test_harden_through_a_map_makes_the_member_what_the_map_says():
+    model, tie = transposed()
+    source, member = model[0].weight, model[1].weight.detach().clone()
+    report = harden_(tie, to="first")
+    assert model[0].weight is source and [*model.parameters()] == [source]
+    assert torch.equal(model[1].weight, source.T)
+    assert [m.distance for m in report] == pytest.approx([0, (member - source.T).norm().item()])
+    model[1](torch.ones(3)).sum().backward()
+    torch.testing.assert_close(source.grad, torch.ones(3, 2))
+
+
+def test_harden_through_a_map_needs_a_root_and_the_first_value():
+    model, tie = transposed()
+    before = [*model.parameters()]
+    with pytest.raises(ValueError, match="to: 'first' for 0.weight, which has a map with no way back, is expected, got 'mean'"): harden_(tie)
+    two = TiePenalty(model[0], model[1], members=[("weight", "weight")], map=lambda w: w.T)
+    with pytest.raises(ValueError, match="model: the module that holds the members of"): harden_(two, to="first")
+    with pytest.raises(ValueError, match="model: a module that holds"): harden_(two, to="first", model=model[0])
+    assert all(p is q for p, q in zip(before, model.parameters()))
+    harden_(two, to="first", model=model)
+    assert torch.equal(model[1].weight, model[0].weight.T)
 
 
 def test_fisher_diagonal_equals_the_loop_over_examples_and_labels():
