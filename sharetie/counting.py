@@ -38,11 +38,11 @@ class Origins:
         self.own, self.held, self.found, self.loose = {}, {}, {}, WeakIdKeyDictionary()
         for unit in units:
             self.held.setdefault(unit.storage, []).append(unit)
-            for t in unit.tensors: self.own[id(t)] = unit
+            for t in unit.tensors: self.own[id(t)] = unit.storage, _weight([unit], t.numel())
 
     def look(self, tensor):
         "The storage of a tensor and its origin, None for a constant."
-        if unit := self.own.get(id(tensor)): return unit.storage, _weight([unit], tensor.numel())
+        if own := self.own.get(id(tensor)): return own
         key = storage_of(tensor)
         if key in self.found: return key, self.found[key][1]
         if key is None: return key, self.loose.get(tensor)
@@ -178,6 +178,11 @@ _RULES |= {
 RULES = {f"aten::{name}": rule for names, rule in _RULES.items() for name in names.split()}
 
 # %% ../nbs/03_counting.ipynb #72425598
+_BLANKS = {f"aten::{name}" for name in (
+    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like "
+    "new_zeros new_ones new_full new_empty new_empty_strided").split()}
+
+# %% ../nbs/03_counting.ipynb #a321e9bc
 class _Facts(NamedTuple):
     "What the schema of an operation says."
     name: str = ""          # without the overload, `aten::mm`
@@ -186,7 +191,7 @@ class _Facts(NamedTuple):
     mutable: bool = False
     pointwise: bool = False
     seen: bool = True       # a higher-order operation runs others that are not seen
-    quiet: bool = False     # on data alone there is nothing to note
+    quiet: bool = False     # what it makes of data alone is data, and there is nothing to note
     composite: bool = False  # made of other operations
 
 
@@ -199,7 +204,8 @@ def _facts(func):
     writes = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
     if "batch_norm" in schema.name and not mutable:  # writes, and does not say so
         writes = [name for name in arguments if name.startswith("running_")]
-    pointwise, quiet = torch.Tag.pointwise in func.tags, schema.name.startswith("aten::")
+    pointwise = torch.Tag.pointwise in func.tags
+    quiet = schema.name.startswith("aten::") and schema.name not in _BLANKS
     key = "CompositeImplicitAutograd"
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
     return _Facts(schema.name, arguments, tuple(writes), mutable, pointwise, True, quiet, composite)
@@ -215,9 +221,11 @@ def rule_for(
 # %% ../nbs/03_counting.ipynb #071d9c3c
 def _tensors(values):
     "The tensors among values and lists of them."
+    found = []
     for value in values:
-        if isinstance(value, Tensor): yield value
-        elif isinstance(value, (list, tuple)): yield from (v for v in value if isinstance(v, Tensor))
+        if isinstance(value, Tensor): found.append(value)
+        elif isinstance(value, (list, tuple)): found += [v for v in value if isinstance(v, Tensor)]
+    return found
 
 
 def _bound(func, args, kwargs):
@@ -256,21 +264,15 @@ class UseCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = list(_tensors((*args, *kwargs.values())))
+        tensors = _tensors((*args, *kwargs.values()))
         keys, origins = zip(*map(self.origins.look, tensors)) if tensors else ((), ())
         kinds = {origin and origin.kind for origin in origins}
-        if kinds == {"data"} and _facts(func).quiet: return self._pass(func(*args, **kwargs), keys)
+        if kinds == {"data"} and _facts(func).quiet: return _pass(self, func(*args, **kwargs), keys)
         if "weight" in kinds and _facts(func).composite and rule_for(func) is None:
             with self: return func.decompose(*args, **kwargs)
         _protect(self, func, a := _bound(func, args, kwargs))
         out = func(*args, **kwargs)
         _follow(self, func, a, out, list(zip(tensors, origins)), keys, kinds)
-        return out
-
-    def _pass(self, out, keys):
-        "The output of an operation on data alone, which is data."
-        for t in _tensors(out if isinstance(out, (list, tuple)) else [out]):
-            if storage_of(t) not in keys: self.origins[t] = _DATA
         return out
 
     @torch.no_grad()
@@ -280,6 +282,13 @@ class UseCounter(TorchDispatchMode):
         self.saved.clear()
 
 # %% ../nbs/03_counting.ipynb #750445ba
+def _pass(counter, out, keys):
+    "The output of an operation on data alone, which is data."
+    for t in _tensors(out if isinstance(out, (list, tuple)) else [out]):
+        if (key := storage_of(t)) is None or key not in keys: counter.origins[t] = _DATA
+    return out
+
+
 def _protect(counter, func, a):
     "Keep what of the model an operation is about to write."
     for t in _tensors(a.get(name) for name in _facts(func).writes):
@@ -288,11 +297,6 @@ def _protect(counter, func, a):
                 counter.saved[id(place.tensor)] = place.tensor, place.tensor.detach().clone()
 
 # %% ../nbs/03_counting.ipynb #510910d8
-_BLANKS = {f"aten::{name}" for name in (
-    "zeros_like ones_like full_like empty_like rand_like randn_like randint_like "
-    "new_zeros new_ones new_full new_empty new_empty_strided").split()}
-
-
 def _kind(counter, func, a, inputs, kinds):
     "What an operation gives; None for a constant."
     if not inputs or _facts(func).name in _BLANKS: return "blank"
@@ -314,7 +318,7 @@ def _follow(counter, func, a, out, inputs, keys, kinds):
     if name == "aten::embedding_renorm_": return
     if name == "aten::_local_scalar_dense": return _note(counter, f"{name} reads a number", inputs)
     kind = _kind(counter, func, a, inputs, kinds)
-    outputs = list(_tensors([out] if isinstance(out, Tensor) else out or ()))
+    outputs = _tensors(out if isinstance(out, (list, tuple)) else [out])
     meets = "weight" in kinds or getattr(rule_for(func), "factors", ())
     if kind in ("data", "state") and outputs and meets: _count(counter, func, a, outputs[0], kind)
     if kind is None: return

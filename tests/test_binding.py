@@ -539,8 +539,11 @@ def test_row_3_two_values_for_one_tie_do_not_load(assign):
     plain = tied()
     torn = fresh(plain.state_dict())
     torn["head.weight"] += 1
-    plain.load_state_dict(torn)
-    assert torch.equal(plain.emb.weight, torn["head.weight"]), "PyTorch takes the last name's"
+    refuses(plain, lambda: plain.load_state_dict(torn, assign=assign), "one value for the tie of 'emb.weight' and 'head.weight' is expected, got two", ValueError)
+    undeclared = Words()
+    undeclared.head.weight = undeclared.emb.weight
+    undeclared.load_state_dict(torn)
+    assert torch.equal(undeclared.emb.weight, torn["head.weight"]), "PyTorch takes the last name's"
     model = keep_ties(tied())
     torn["back.bias"] += 1
     refuses(model, lambda: model.load_state_dict(torn, assign=assign), "in the state dict, beside 'emb.weight', 'head.weight' differs by up to 1; keep_ties.model, on_conflict")

@@ -36,11 +36,10 @@ def committed():
 
 
 def check_column(name, found):
-    "Every cell ends as the book says, and no cell is silent but the one that the book names."
+    "Every cell ends as the book says, and no cell is silent."
     assert found == committed()[name], "run python tests/matrix.py"
     for cells in found.values():
-        assert cells["keep_ties"] in matrix.OUTCOMES
-        assert cells["declared"] in matrix.OUTCOMES or name == "conflicting state_dict"
+        assert {*cells.values()} <= {*matrix.OUTCOMES}
 
 
 @pytest.mark.parametrize("name", [name for name in matrix.COLUMNS if name not in matrix.DISTRIBUTED])
