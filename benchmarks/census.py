@@ -1,9 +1,11 @@
 """The census against the plain forward pass, and against PyTorch's own counter of operations.
 
+One thread, so that wall-clock and CPU time can be compared; on a busy machine the second is the steadier.
 The census runs one example, so beside a batch it is cheap; a batch of one is the hard case and is shown too.
 The second table counts a transformer with 70 billion parameters on the meta device, in a process of its own.
 """
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -48,13 +50,13 @@ def large():
     "Count Llama 2 70B without memory, and print seconds, peak memory and counts; run in a fresh process."
     with torch.device("meta"):
         model, words = llama(), torch.zeros(1, 4096, dtype=torch.long)
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         counted = census(model, words)
-        first = time.perf_counter() - start
+        first, first_cpu = time.perf_counter() - start, time.process_time() - used
         start = time.perf_counter()
         with torch.no_grad(): model(words)
         plain = time.perf_counter() - start
-    print(json.dumps({"stored": counted.stored, "used": counted.used, "seconds": first, "forward on meta, seconds": plain, "bytes": peak_bytes()}))
+    print(json.dumps({"stored": counted.stored, "used": counted.used, "seconds": first, "CPU seconds": first_cpu, "forward on meta, seconds": plain, "bytes": peak_bytes()}))
 
 
 def peak_bytes():
@@ -65,8 +67,19 @@ def peak_bytes():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def cpu_seconds(function, runs=20, warmup=3):
+    "Median seconds of the processor, which other processes on a busy machine do not lengthen as they do the clock's."
+    times = []
+    for i in range(warmup + runs):
+        start = time.process_time()
+        function()
+        if i >= warmup: times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
 def main(device):
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # threads that wait for each other would count as work
     rows = []
     for name, model, x in [
         ("ResNet-50, 4 images of 64×64", ResNet50(), torch.rand(4, 3, 64, 64)), ("ResNet-50, 1 image of 64×64", ResNet50(), torch.rand(1, 3, 64, 64)),
@@ -80,6 +93,7 @@ def main(device):
             with torch.no_grad(), FlopCounterMode(display=False): model(x)
         times = medians({"forward": forward, "census": lambda: census(model, x), "FlopCounterMode": flops}, device)
         rows.append({"": name, "forward, ms": 1e3 * times["forward"], "census / forward": times["census"] / times["forward"],
+                     "by CPU time": cpu_seconds(lambda: census(model, x)) / cpu_seconds(forward) if device.type == "cpu" else "–",
                      "FlopCounterMode / forward": times["FlopCounterMode"] / times["forward"], "limit": LIMITS["census / forward"]})
     keep(f"census_{device.type}", rows, runs=20, machine=machine(device))
 

@@ -6,6 +6,8 @@ import sys
 from fastcore.docments import docments
 from nbdev.doclinks import NbdevLookup
 
+from blocks import entry_id
+
 WIDTH = 76  # A longer signature gets a line for each parameter
 LONG = 40  # A longer default is shortened
 STARS = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -15,14 +17,16 @@ class Entry:
     "Renders what `show_doc` shows, in Markdown that Quarto and pandoc read alike."
 
     def __init__(self, sym, name=None, title_level=3, **_):
-        self.sym = getattr(sym, "fget", None) or sym
+        self.command = sym if hasattr(sym, "collect_usage_pieces") else None  # of click
+        self.sym = getattr(sym, "fget", None) or getattr(self.command, "callback", None) or sym
         self.name = name or self.sym.__qualname__
         self.level = title_level
 
     def _repr_markdown_(self):
         source = address(self.sym)
-        parts = [f"{'#' * self.level} `{self.name}` {{#{self.name.lower()} .api-name}}"]
+        parts = [f"{'#' * self.level} `{self.name}` {{#{entry_id(self.name, vars(sys.modules[self.sym.__module__]))} .api-name}}"]
         if source: parts.append(f'[source]({source}){{.api-source target="_blank" rel="noopener"}}')
+        if self.command: return "\n\n".join(parts + usage(self.command))
         parts.append(f"```{{.python .api-signature}}\n{signature(self.sym, self.name)}\n```")
         return "\n\n".join(parts + paragraphs(self.sym) + table(self.sym))
 
@@ -88,6 +92,17 @@ def signature(sym, name):
     line = f"{name}({', '.join(pieces)})"
     if len(line) <= WIDTH: return line
     return name + "(\n" + "".join(f"    {p},\n" for p in pieces) + ")"
+
+
+def usage(command):
+    "How a command is called, what it says of itself, and the table of its options."
+    program = command.callback.__module__.split(".")[0]
+    name = program if hasattr(command, "commands") else f"{program} {command.name}"
+    context = command.context_class(command, info_name=name, **command.context_settings)
+    call = " ".join([name, *command.collect_usage_pieces(context)])
+    rows = [r for p in command.get_params(context) if (r := p.get_help_record(context)) and r[1]]
+    lines = [f"| `{option}` | {cell(prose(note))} |" for option, note in rows]
+    return [f"```{{.sh .api-signature}}\n{call}\n```", prose(command.help or ""), "\n".join(["| Option | Meaning |", "|:----|:----------|", *lines])]
 
 
 def paragraphs(sym):

@@ -61,6 +61,11 @@ def definitions(source):
     return names
 
 
+def entry_id(name, names):
+    "The id of the API entry of `name`: in lower case, as nbdev links to it, but of a class and a function of one name the class gives way."
+    return f"{name.lower()}-class" if name != name.lower() and name.lower() in names else name.lower()
+
+
 def mime(output):
     "The kind of `output` to show, in Quarto's order of preference for HTML."
     data = output.get("data", {})

@@ -27,7 +27,7 @@ def processed(book):
     "Write the processed notebooks and what Quarto needs beside them into a new _proc/; return the notebooks."
     folder = fresh(book.root / "_proc.new")
     known = entries(book.chapters)
-    nbs = [process(c, folder, known) for c in book.chapters]
+    nbs = [process(c, folder, known, [c.page for c in book.chapters]) for c in book.chapters]
     for file in book.sources.iterdir():
         if file.suffix == ".ipynb" or file.name[0] in "._": continue
         if file.is_dir(): shutil.copytree(file, folder / file.name)

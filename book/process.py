@@ -21,7 +21,7 @@ from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, insert_wa
 from nbdev.showdoc import show_doc
 
 from apidoc import Entry
-from blocks import definitions, directives
+from blocks import definitions, directives, entry_id
 from outline import BookError
 from tables import mended
 
@@ -86,13 +86,22 @@ class Filter(FilterDefaults):
 
 
 def entries(chapters):
-    "Where the API entries of all chapters will be: the set of `page#anchor`."
-    found = set()
+    "Where the API entries of all chapters will be: `page#anchor`, in the order of reading."
+    found = []
     for c in chapters:
         code = [x.source for x in c.nb.cells if x.cell_type == "code"]
         names = [n for s in code if EXPORT.search(s) for n in definitions(s) if n[0] != "_"]
         names += [n for s in code for n in re.findall(r"^show_doc\(([\w.]+)", s, re.M)]
-        found |= {f"{c.page}#{n.lower()}" for n in names}
+        found += [f"{c.page}#{entry_id(n, names)}" for n in names]
+    return found
+
+
+def meant(known, pages, here):
+    "The entry that a chapter means by each anchor: its own, else the last one before it, else the first after it."
+    read, found = pages[:pages.index(here) + 1], {}
+    for target in known:
+        page, _, anchor = target.partition("#")
+        if page in read or anchor not in found: found[anchor] = target
     return found
 
 
@@ -112,7 +121,11 @@ def repair(nb, home, known):
 def local(text, home, known):
     "The links that nbdev made from backticks, relative; a method without an entry goes to its class, other names lose theirs."
     def mend(m):
-        target = next((t for t in (m[2], m[2].rpartition(".")[0]) if t in known), None)
+        anchor = m[2].partition("#")[2]
+        owner = anchor.rpartition(".")[0]
+        wanted = [f"{owner}-class", owner] if owner and anchor not in known else [anchor]
+        if re.search(r"\b[A-Z]", m[1]): wanted.insert(0, f"{anchor}-class")
+        target = next((known[w] for w in wanted if w in known), None)
         return f"[{m[1]}]({target})" if target else m[1]
     text = re.sub(r"\[(`[^`]*`)\]\(" + re.escape(home) + r"([^)\s]*)\)", mend, text)
     return re.sub(r"^(#+ .*)$", lambda m: re.sub(r"\[(`[^`]*`)\]\([^)]*\)", r"\1", m[1]), text, flags=re.M)
@@ -139,13 +152,13 @@ def unnumber(nb):
     nb.cells[0].source = f"---\n{yaml.safe_dump(front, allow_unicode=True, width=1000)}---\n"
 
 
-def process(chapter, folder, known):
-    "Write the processed notebook of `chapter` into `folder`, and return it; `known` are the book's API entries."
+def process(chapter, folder, known, pages):
+    "Write the processed notebook of `chapter` into `folder`, and return it; `known` are the API entries of the book's `pages`."
     config = get_config()
     nb = read_nb(chapter.path)
     prepare(nb)
     Filter()(nb)
-    repair(nb, f"{config.doc_host.rstrip('/')}/{config.doc_baseurl.strip('/')}/", known)
+    repair(nb, f"{config.doc_host.rstrip('/')}/{config.doc_baseurl.strip('/')}/", meant(known, pages, chapter.page))
     mark_pictures(nb)
     if not chapter.numbered: unnumber(nb)
     write_nb(nb, folder / chapter.path.name)

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from blocks import MARKER, attr, captioned, cell_blocks, definitions, directives, elements, node, options, raw, strip_markers, text, walk
+from blocks import MARKER, attr, captioned, cell_blocks, definitions, directives, elements, entry_id, node, options, raw, strip_markers, text, walk
 
 NAMES = {"fig": "Figure", "tbl": "Table", "eq": "Equation", "sec": "Section"}
 # Quarto's other kinds of cross references, which the book does not use.
@@ -103,10 +103,15 @@ def number(page):
             if t in ("Figure", "Table"): label(c[0][0], cell)
         elif t in ("Para", "Plain"):
             for _, _, found in equations(c): anchor(page, found, cell); label(found, cell)
-    for i, cell in enumerate(page.nb.cells):  # In an unprocessed notebook, where its API entries will be
-        if cell.cell_type == "code" and "export" in directives(cell.source):
-            for name in definitions(cell.source): page.anchors.setdefault(name.lower(), i)
+    entries(page)
     return page
+
+
+def entries(page):
+    "Add the anchors that the API entries of an unprocessed notebook will have."
+    found = [(i, n) for i, c in enumerate(page.nb.cells) if c.cell_type == "code" and "export" in directives(c.source) for n in definitions(c.source)]
+    names = [n for _, n in found]
+    for i, name in found: page.anchors.setdefault(entry_id(name, names), i)
 
 
 def heading(page, cell, content, counts, prefix):

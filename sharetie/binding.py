@@ -108,6 +108,8 @@ def _join(model, source, values, plain, map, policy, writes):
 
 def _mean(values):
     "The mean of tensors in double precision, on the first's device."
+    fine = values[0].is_floating_point() or values[0].is_complex()
+    need(fine, "on_conflict", f"'error' or 'first' for {values[0].dtype}", "mean")
     wide = torch.complex128 if values[0].is_complex() else torch.float64
     return sum(v.detach().to(values[0].device, wide) for v in values) / len(values)
 
@@ -212,7 +214,7 @@ class _Values:
         values = [v for v in given.values() if not v.is_meta] or list(given.values())
         dtype = self.found[names[0]].tensor.dtype
         if all(_same_when(values[0], v, dtype) for v in values[1:]):
-            self.new |= {key: values[0] for key in have if key not in given or given[key].is_meta}
+            self.new |= {key: values[0] for key, v in have.items() if v is None or key in given and v.is_meta}
         else: self.new |= dict.fromkeys(have, self.decide(given, values))
 
     def decide(self, given, values):

@@ -28,6 +28,14 @@ class Origin(NamedTuple):
     parts: Mapping = {}  # of a weight: number of elements by the set of units that they are made of
     numel: int = 0       # of a weight: elements in all, with constants
 
+
+_DATA = Origin("data")
+
+
+def _weight(units, numel):
+    "The origin of a weight that is made of all these units alike."
+    return Origin("weight", {frozenset(units): numel}, numel)
+
 # %% ../nbs/03_counting.ipynb #a81540fd
 class Origins:
     "The origins of all tensors of a forward pass."
@@ -66,14 +74,6 @@ class Origins:
         origin = self[tensor]
         if tensor.numel() == origin.numel: return origin.parts
         return {frozenset().union(*origin.parts): tensor.numel()}
-
-
-_DATA = Origin("data")
-
-
-def _weight(units, numel):
-    "The origin of a weight that is made of all these units alike."
-    return Origin("weight", {frozenset(units): numel}, numel)
 
 # %% ../nbs/03_counting.ipynb #0972e010
 def products(

@@ -56,7 +56,7 @@ def _agreed(group, rules, default):
         if other != options:
             a, b = (f"{s.labels[0]} ({_kind(s)})" for s in (first, site))
             raise ValueError(f"rules: {a} asks for {options}, and {b}, the same weight, for {other}; "
-                             f"a rule for one name decides, such as {{{first.labels[0]!r}: {options}}}")
+                             f"a rule for one name decides, such as NO_DECAY | {{{first.labels[0]!r}: {options}}}")
     return number, options
 
 
@@ -150,7 +150,7 @@ def functional(
     for group in by_tensor(sites(model, buffers=True)):
         source = group[0].names[0]
         where[source] = [site.names[0] for site in group]
-        first |= {name: source for site in group for name in (*site.names, *site.labels)}
+        first |= {name: source for site in group for name in site.names}
 
     def call(values, *inputs, **options):
         "The model's output with `values` in the place of its own."

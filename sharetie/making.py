@@ -71,8 +71,8 @@ class _OneValue:
         "Raise unless two entries are one value, in the coarser of their dtypes."
         a, b = state[first], state[other]
         dtype = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-        if a is b or a.is_meta or b.is_meta: return
-        if a.shape == b.shape and equal_values(a.to(dtype), b.to(a.device, dtype)): return
+        if a is b or a.is_meta or b.is_meta or a.shape != b.shape: return  # PyTorch says which shape is wrong
+        if equal_values(a.to(dtype), b.to(a.device, dtype)): return
         raise ValueError(f"state_dict: one value for the tie of {first!r} and {other!r} is expected, got two; "
                          "leave one out, or keep_ties(model, on_conflict='first' or 'mean') decides")
 

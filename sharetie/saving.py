@@ -224,18 +224,29 @@ def _plan(model, file, policy, cast):
 # %% ../nbs/02_saving.ipynb #bab08aea
 def _fill(model, plan, device):
     "Bring the values of a plan into the model."
-    copied = OrderedDict((name, value) for name, value in plan.values.items() if not plan.state[name].is_meta)
-    copied._metadata = plan.state._metadata
-    if copied: model.load_state_dict(copied, strict=False)
-    fresh = {}
+    fresh, meant = {}, [{*tie.names} for tie in find_ties(model).pseudo]
     for name, value in plan.values.items():
         old = plan.state[name]
         if not old.is_meta: continue
         value = value.detach().to(device)
         fresh[id(old)] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
         fresh[id(old)].__dict__.update(old.__dict__)
+    copied = OrderedDict((name, value) for name, value in plan.values.items() if not plan.state[name].is_meta)
+    copied._metadata = plan.state._metadata
+    if copied: model.load_state_dict(copied, strict=False)
     for place in places(model).values() if fresh else ():
         if id(place.tensor) in fresh: setattr(place.owner, place.attribute, fresh[id(place.tensor)])
+    _part(model, {id(tensor) for tensor in fresh.values()}, meant)
+
+
+def _part(model, fresh, meant):
+    "Give `fresh` tensors memory of their own, but for views that are `meant`: what a file stores once is no tie."
+    for tie in find_ties(model).pseudo if fresh else ():
+        if any(names >= {*tie.names} for names in meant): continue
+        found = places(model)
+        first, *others = {id(found[name].tensor): found[name].tensor for name in tie.names}.values()
+        for tensor in others:
+            if id(tensor) in fresh: tensor.data = tensor.detach().clone()
 
 # %% ../nbs/02_saving.ipynb #3563c9b2
 def _restore(model, file):
@@ -279,6 +290,9 @@ def load_model(
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
     on_meta = any(place.tensor.is_meta for place in places(model).values())
     need(device is None or on_meta, "device", "None for a model that has its memory already (move it by .to)", device)
+    if device is not None:
+        try: device = torch.device(device)
+        except (RuntimeError, TypeError): need(False, "device", "a device of torch, such as 'cpu'", device)
     check_ties(model)
     file = Checkpoint(path)
     wrong = [Broken((source, name), f"in {path}, {why}", "save it anew") for source, name, why in file.broken]

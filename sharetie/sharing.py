@@ -83,6 +83,9 @@ def _untie_module(model, name, modules):
     module = modules[name]
     if sum(other is module for other in modules.values()) < 2:
         raise ValueError(f"name: a shared module is expected, got {name!r}, which has no other name")
+    parent, _, attribute = name.rpartition(".")
+    if above := [path for path, other in modules.items() if other is modules[parent] and path != parent]:
+        raise ValueError(f"name: {name!r} is inside of {parent!r}, which is shared with {above}; untie_ that module")
     inside = {id(part) for part in module.modules()}
     kept = {id(p.tensor): p.tensor for p in places(model).values() if id(p.owner) not in inside}
     for (source, *others), map, _ in declared_ties(model):
@@ -90,13 +93,12 @@ def _untie_module(model, name, modules):
         kept[id(map)] = map
         if source.startswith(f"{name}."):
             raise ValueError(f"name: {name!r} holds {source!r}, the source of {others}; untie_ those first")
-    parent, _, attribute = name.rpartition(".")
     setattr(modules[parent], attribute, deepcopy(module, kept))
     new = dict(module_paths(model)) | {n: p.tensor for n, p in places(model).items()}
     for declared in declared_ties(model):
         first, *others = declared.names
         for own in others if declared.map is None else ():
-            if new.get(own) is not new.get(first): _forget(model, first if first.startswith(name) else own)
+            if new.get(own) is not new.get(first): _forget(model, first if f"{first}.".startswith(f"{name}.") else own)
 
 # %% ../nbs/02_sharing.ipynb #286398cd
 def share_module_(

@@ -694,3 +694,35 @@ def test_all_names_of_the_part_come_from_here():
     public = {"Declared", "declared_ties", "tie_", "untie_", "share_module_", "check_ties", "BrokenTie", "retie_", "keep_ties", "Transpose"}
     assert public <= set(binding.__all__) and all(hasattr(binding, name) for name in binding.__all__)
     assert isinstance(Function(torch.t), nn.Module)
+
+
+def test_names_that_begin_alike_are_not_confused_by_untie():
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("layer10", "layer1", "layer2")})
+    share_module_(model, ["layer10", "layer1", "layer2"])
+    untie_(model, "layer1")
+    assert [d.names for d in declared_ties(model)] == [("layer10", "layer2")] and check_ties(model)
+
+
+def test_a_part_of_a_shared_module_is_not_untied_alone():
+    model = nn.ModuleDict({name: nn.Sequential(nn.Linear(2, 2)) for name in "ab"})
+    share_module_(model, ["a", "b"])
+    refuses(model, lambda: untie_(model, "a.0"), "'a.0' is inside of 'a', which is shared with", ValueError)
+
+
+def test_whole_numbers_have_no_mean():
+    model = nn.Module()
+    model.register_buffer("a", torch.tensor([1, 2]))
+    model.register_buffer("b", torch.tensor([1, 2]))
+    tie_(model, ["a", "b"])
+    model.b = torch.tensor([2, 3])
+    refuses(model, lambda: retie_(model, "mean"), "on_conflict: 'error' or 'first' for torch.int64 is expected, got 'mean'", ValueError)
+
+
+def test_what_is_no_tensor_is_left_to_pytorch():
+    model = keep_ties(tied())
+    with pytest.raises(RuntimeError, match="expected torch.Tensor or Tensor-like object"): model.load_state_dict(model.state_dict() | {"head.weight": 3})
+
+
+def test_a_wrong_shape_is_told_as_one():
+    model = tied()
+    with pytest.raises(RuntimeError, match="size mismatch for head.weight"): model.load_state_dict(model.state_dict() | {"head.weight": torch.ones(3)})

@@ -25,6 +25,7 @@ import readme  # noqa: E402
 from blocks import PANDOC, markdown  # noqa: E402
 from lint import checked, lint_cells, lint_tree  # noqa: E402
 from outline import BookError, Chapter, entries, outline  # noqa: E402
+from process import local, meant  # noqa: E402
 from refs import Page, number  # noqa: E402
 from tables import mended  # noqa: E402
 
@@ -350,6 +351,34 @@ def test_long_defaults_are_shortened_and_kept_whole():
     titles = [unescape(t) for t in re.findall(r'title="([^"]*)"', html)]
     assert titles == [repr(ABOUT), repr(tuple(range(100))), repr("words " * 20)]
     assert "Read $DATA/&lt;name&gt;/ and <code>&lt;b&gt;</code>." in html and "&lt;of&gt; numbers" in html
+
+
+def test_a_command_is_shown_as_it_is_called():
+    click = pytest.importorskip("click")
+
+    @click.command("count")
+    @click.argument("file")
+    @click.option("--near", metavar="TOL", help="Also <near> ones.")
+    def count(file, near):
+        "Count what is in FILE."
+    text = apidoc.Entry(count)._repr_markdown_()
+    assert f"```{{.sh .api-signature}}\n{__name__.split('.')[0]} count [OPTIONS] FILE\n```\n\nCount what is in FILE." in text
+    assert "| `--near TOL` | Also \\<near> ones. |\n| `--help` | Show this message and exit. |" in text
+
+
+def test_links_lead_to_what_a_chapter_means():
+    known = ["a.html#load", "b.html#census-class", "b.html#census", "b.html#load", "c.html#box", "c.html#box.open"]
+    pages = ["a.html", "b.html", "c.html"]
+    def links(text, here): return local(text, "https://x.org/", meant(known, pages, here))
+    assert links("[`load`](https://x.org/a.html#load)", "b.html") == "[`load`](b.html#load)", "the chapter's own"
+    assert links("[`load`](https://x.org/b.html#load)", "a.html") == "[`load`](a.html#load)"
+    assert links("[`load`](https://x.org/a.html#load)", "c.html") == "[`load`](b.html#load)", "the last one before"
+    assert links("[`box`](https://x.org/c.html#box)", "a.html") == "[`box`](c.html#box)", "or else a later one"
+    assert links("[`Census`](https://x.org/b.html#census)", "a.html") == "[`Census`](b.html#census-class)"
+    assert links("[`census`](https://x.org/b.html#census)", "a.html") == "[`census`](b.html#census)"
+    assert links("[`Census.plot`](https://x.org/b.html#census.plot)", "a.html") == "[`Census.plot`](b.html#census-class)", "without an entry: its class"
+    assert links("[`Box.open`](https://x.org/c.html#box.open)", "a.html") == "[`Box.open`](c.html#box.open)"
+    assert links("[`gone`](https://x.org/c.html#gone)", "a.html") == "`gone`"
 
 
 # Tables of pandas

@@ -11,9 +11,10 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from sharetie import counting
 from sharetie.census import Census, Count, census, compare
-from sharetie.classics import CLASSICS, connections
-from sharetie.counting import RULES, UseCounter, products, rule_for
+from sharetie.classics import CLASSICS, LeNet5, connections
+from sharetie.counting import RULES, products, rule_for
 from sharetie.units import units_of
 
 
@@ -174,6 +175,33 @@ def test_axes_of_several_inputs():
 def test_nested_inputs():
     model = Function(lambda self, batch, scale: (batch["a"] + batch["b"][0]) @ self.w * scale, w=(3, 2))
     assert used(model, {"a": torch.zeros(4, 3), "b": [torch.zeros(4, 3)]}, 2.) == {"w": 6}
+
+
+def _sparse(self, x): return torch.sparse.mm((x.to_sparse() * 2.).to_dense().to_sparse().coalesce().t().coalesce(), self.w)
+
+
+def _blank_of_the_data(self, x):
+    buffer = x.new_zeros(len(x), x.shape[1] + 1, x.shape[2])
+    buffer[:, 1:] = x
+    return buffer @ self.w + torch.zeros_like(x[:, :1]) @ self.w
+
+
+@pytest.mark.parametrize("make, shape", [*MODELS.values(), (lambda: Function(_blank_of_the_data, w=(8, 8)), (5, 8)), (LeNet5, (1, 32, 32)),
+                                         (lambda: nn.LSTM(8, 4, batch_first=True), (5, 8))])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_short_way_for_data_alone_changes_no_count(make, shape, training, monkeypatch):
+    torch.manual_seed(0)
+    model, x = make(), torch.rand(2, *shape)
+    short, facts = census(model, x, training=training), counting._facts
+    monkeypatch.setattr(counting, "_facts", lambda func: facts(func)._replace(quiet=False))
+    long = census(model, x, training=training)
+    assert short == long and short.notes == long.notes and short.used > 0
+
+
+def test_data_without_a_storage_is_data():
+    "Sparse tensors have no storage to be known by; what is made of them is data still."
+    counted = census(Function(_sparse, w=(2, 3)), torch.rand(2, 4), batch_axis=None)
+    assert counted.notes == ("aten::_sparse_addmm takes weights, and no rule counts it: w",)
 
 
 # Maps

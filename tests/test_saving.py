@@ -367,12 +367,30 @@ def test_row_1_transposed_alias(tmp_path):
     assert same(values(other), values(model))
 
 
+def test_what_a_file_stores_once_is_no_tie_of_a_meta_model(tmp_path):
+    save_model(tiny(), tmp_path / "tied")
+    with torch.device("meta"): model = Tiny()
+    load_model(model, tmp_path / "tied")
+    assert not find_ties(model) and torch.equal(model.embed.weight, model.head.weight)
+    with torch.no_grad(): model.embed.weight.zero_()
+    assert model.head.weight.any()
+
+
+def test_a_device_that_is_none_is_refused_before_anything_changes(tmp_path):
+    save_model(tiny(), tmp_path / "tied")
+    with torch.device("meta"): model = Tiny()
+    with pytest.raises(ValueError, match="device: a device of torch, such as 'cpu' is expected, got 'banana'"): load_model(model, tmp_path / "tied", device="banana")
+    assert all(p.is_meta for p in model.parameters())
+
+
 def test_row_3_two_values_for_one_tie(tmp_path):
     model = tiny()
     torch.manual_seed(5)
     state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     save_file(state, tmp_path / "two")
     silent = tiny()
+    silent._declared_ties, silent.head.weight = (), silent.embed.weight
+    silent._one_value.remove()  # as if the tie had never been declared
     silent.load_state_dict(state)
     assert torch.equal(silent.embed.weight, state["head.weight"]), "PyTorch lets the last one win"
     before = values(model)
