@@ -78,7 +78,7 @@ def test_all_links_and_anchors_lead_somewhere(site, request):
 
 
 @pytest.mark.parametrize("site", ["toy_site", "real_site"])
-@pytest.mark.parametrize("width, scheme", [(380, "light"), (380, "dark"), (1600, "light"), (1600, "dark")])
+@pytest.mark.parametrize("width, scheme", [(380, "light"), (1600, "dark")])
 def test_every_page_opens_and_fits(site, width, scheme, request, open_page):
     for path in sorted(request.getfixturevalue(site).glob("*.html")):
         page = open_page(path, width, scheme)
@@ -86,6 +86,7 @@ def test_every_page_opens_and_fits(site, width, scheme, request, open_page):
         assert page.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0 && i.alt)"), f"{path.name}: an image is broken or has no alt"
         assert page.title() and page.get_attribute("meta[name=description]", "content")
         assert page.locator("h1").count() == 1
+        page.close()  # tens of open pages would slow each other down
 
 
 CONTRAST = """() => {
