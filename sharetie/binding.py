@@ -8,41 +8,25 @@ __all__ = ['retie_', 'keep_ties', 'Broken', 'BrokenTie', 'check_ties', 'equal_va
            'find_ties']
 
 # %% ../nbs/02_binding.ipynb #25346415
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from .checking import Broken, BrokenTie, _at, _broken, _compare, _diagnose, _holding, _holds, _made_of
-from .checking import check_ties, equal_values
+from .checking import Broken, BrokenTie, check_ties, equal_values
+from .checking import _at, _broken, _compare, _differ, _holding, _holds, _made_of, _valued
 from .errors import need, one_of
 from .finding import Map, Reshape, Scale, Slice, Tie, Ties, Transpose
 from .finding import _walk, find_ties, places, view_map
 from .making import Declared, Function, declared_ties, tie_
-from .making import _aliases, _bind, _changeable, _declare, _put
-from .sharing import _check_same, _replace, share_module_, untie_
+from .making import _aliases, _bind, _changeable, _declare, _keeper, _put, _what
+from .sharing import _replace, share_module_, untie_
 
 # %% ../nbs/02_binding.ipynb #b8368f91
 _all_ = ["Broken", "BrokenTie", "check_ties", "equal_values", "Declared", "declared_ties", "Function", "tie_",
          "untie_", "share_module_", "Map", "Transpose", "Reshape", "Scale", "Slice", "Tie", "Ties", "find_ties"]
 
 # %% ../nbs/02_binding.ipynb #586076ec
-class _Whole:
-    "A context in which a model's tensors and modules change altogether, or not at all."
-    keys = "_parameters", "_buffers", "_modules", "_flat_weights", "_declared_ties"
-
-    def __init__(self, model): self.modules = list(model.modules())
-
-    def __enter__(self):
-        def noted(value): return value.copy() if isinstance(value, (dict, list)) else value
-        self.saved = [(type(module), {key: noted(module.__dict__[key]) for key in self.keys if key in module.__dict__})
-                      for module in self.modules]
-
-    def __exit__(self, kind, error, trace):
-        for module, (cls, held) in zip(self.modules, self.saved) if kind else ():
-            module.__class__ = cls
-            for key in self.keys: module.__dict__.pop(key, None)
-            module.__dict__.update(held)
-
-# %% ../nbs/02_binding.ipynb #52a98f29
 def retie_(
     model: nn.Module,
     on_conflict: str = "error",  # where values differ: raise, keep the "first", or take the "mean"
@@ -53,12 +37,11 @@ def retie_(
     without a policy, other shapes, members that are gone or computed, and views without a common source."""
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
     _changeable(model)
-    broken, writes = [], []
+    writes = []
     with _Whole(model):
-        for declared in declared_ties(model):
-            mend = _mend_module if declared.kind == "module" else _mend_tensors
-            if not (_holds(model, declared) or mend(model, declared, on_conflict, writes)):
-                broken.append(_diagnose(model, declared))
+        for group in _groups(model): _mend(model, group, on_conflict, writes)
+        _mend_modules(model)
+        broken = _broken(model, _walk(model))
         views = () if broken else find_ties(model).pseudo
         broken += [wrong for tie in views if (wrong := _mend_view(model, tie))]
         if broken: raise BrokenTie(broken)
@@ -67,43 +50,105 @@ def retie_(
         for tensor, value in writes: tensor.copy_(value)
     return ties
 
-# %% ../nbs/02_binding.ipynb #07128e1e
-def _mend_tensors(model, declared, policy, writes):
-    "Mend one tie of tensors; False where that cannot be."
-    source, map = _at(model, declared.names[0]), declared.map
-    held = {name: _holding(model, declared, name) for name in declared.names[1:]}
-    if source is None or any(value is None for value, _ in held.values()): return False
-    values, plain = [source], []
-    for name, (value, mapped) in held.items():
-        made = source if mapped or map is None else _made_of(source, map)
-        if value is not source and not _fits(made, value, policy): return False
-        if mapped or map is None: values.append(value)
-        else:
+# %% ../nbs/02_binding.ipynb #a0ef9e6f
+class _Whole:
+    "A context in which a model's tensors and modules, and the values of some, change altogether or not at all."
+    keys = "_parameters", "_buffers", "_modules", "_flat_weights", "_declared_ties"
+
+    def __init__(self, model, values=()): self.modules, self.values = list(model.modules()), list(values)
+
+    def __enter__(self):
+        def noted(value): return value.copy() if isinstance(value, (dict, list)) else value
+        self.saved = [(type(module), {key: noted(module.__dict__[key]) for key in self.keys if key in module.__dict__})
+                      for module in self.modules]
+        self.copies = [tensor.detach().clone() for tensor in self.values]
+
+    def __exit__(self, kind, error, trace):
+        for module, (cls, held) in zip(self.modules, self.saved) if kind else ():
+            module.__class__ = cls
+            for key in self.keys: module.__dict__.pop(key, None)
+            module.__dict__.update(held)
+        for tensor, value in zip(self.values, self.copies) if kind else (): tensor.detach().copy_(value)
+
+# %% ../nbs/02_binding.ipynb #52a98f29
+class _Group(NamedTuple):
+    "What is to be one tensor."
+    names: dict  # that hold it, by place
+    maps: dict  # by which members are computed from it, by their names
+
+
+def _groups(model):
+    "The tensors that all declarations ask for."
+    at = {}
+    for names, map in (row for declared in declared_ties(model) for row in _rows(model, declared)):
+        own = {_site(model, name): name for name in (names[:1] if map else names)}
+        joined = {id(at[site]): at[site] for site in own if site in at}.values()
+        group = _Group({}, {})
+        for one in (*joined, _Group(own, dict.fromkeys(names[1:], map) if map else {})):
+            group.names.update(one.names)
+            group.maps.update(one.maps)
+        at |= dict.fromkeys(group.names, group)
+    return {id(group): group for group in at.values()}.values()
+
+
+def _rows(model, declared):
+    "The (names, map) of a declared tie: one row, or one for each tensor of a shared module."
+    if declared.kind != "module": return [(declared.names, declared.map)]
+    first = _at(model, declared.names[0])
+    inner = places(first) if isinstance(first, nn.Module) else ()
+    return [(tuple(f"{name}.{own}" for name in declared.names), None) for own in inner]
+
+
+def _site(model, name):
+    "The module and attribute of a name; the name itself where there is no such module."
+    path, _, attribute = name.rpartition(".")
+    owner = _at(model, path) if path else model
+    return name if owner is None else (id(owner), attribute)
+
+# %% ../nbs/02_binding.ipynb #cdfd2af9
+def _mend(model, group, policy, writes):
+    "Mend one group; nothing changes where that cannot be."
+    names = [*group.names.values()]
+    values, plain = [_at(model, name) for name in names], []
+    source = values[0]
+    if not all(isinstance(value, Tensor) and _fits(source, value, policy) for value in values): return
+    for name, map in group.maps.items():
+        value, mapped = _holding(model, Declared((names[0], name), map), name)
+        if value is None or not _fits(source if mapped else _made_of(source, map), value, policy): return
+        if not mapped:
             plain.append(name)
-            if policy == "mean" or source.is_meta:
-                if not hasattr(map, "inverse"): return False
-                with torch.no_grad(): values.append(map.inverse(value.detach()))
-    return _join(model, source, values, plain, map, policy, writes)
+            value = _back(map, value) if policy == "mean" or not _valued(source) else source
+            if value is None: return
+        values.append(value)
+    if plain or any(value is not source for value in values): _join(model, values, plain, group, policy, writes)
 
 
 def _fits(made, value, policy):
     "Can a value become what it should be, under a policy?"
-    return made.shape == value.shape and (policy != "error" or _compare(made, value)[1])
+    if made is None or _what(made)["shape"] != _what(value)["shape"]: return False
+    return policy != "error" or _compare(made, value)[1]
 
-# %% ../nbs/02_binding.ipynb #c7b9deb7
-def _join(model, source, values, plain, map, policy, writes):
-    "Put one tensor in the places of all values, bind the names in `plain` to it; False where that cannot be."
-    target = next((v for v in values if not v.is_meta), source)
+
+@torch.no_grad()
+def _back(map, value):
+    "The source's value from a member's, or None for a map without a way back."
+    return map.inverse(value.detach()) if hasattr(map, "inverse") else None
+
+# %% ../nbs/02_binding.ipynb #e1e743fb
+def _join(model, values, plain, group, policy, writes):
+    "Put one tensor in the places of all values, and let the names in `plain` be computed from it."
+    found, source = places(model), values[0]
+    if any(len(_aliases(found, found[name].tensor)) > 1 for name in plain): return
+    real = [value for value in values if _valued(value)]
+    target = real[0] if real else source
     if isinstance(source, nn.Parameter) and not isinstance(target, nn.Parameter):
         target = nn.Parameter(target.clone(), source.requires_grad)
-    real = [v for v in values if not v.is_meta]
-    if policy == "mean" and real: writes.append((target, _mean(real)))
-    found = places(model)
+    if policy == "mean" and not all(_alike(real[0], value) for value in real): writes.append((target, _mean(real)))
     _put([p for p in found.values() if any(p.tensor is v for v in values)], target)
-    for name in plain:
-        if len(_aliases(found, found[name].tensor)) > 1: return False
-        _bind(found[name], target, map)
-    return True
+    for name in plain: _bind(found[name], target, group.maps[name])
+
+
+def _alike(a, b): return a is b or _what(a) == _what(b) and equal_values(a, b)
 
 
 def _mean(values):
@@ -113,21 +158,16 @@ def _mean(values):
     wide = torch.complex128 if values[0].is_complex() else torch.float64
     return sum(v.detach().to(values[0].device, wide) for v in values) / len(values)
 
-# %% ../nbs/02_binding.ipynb #cdfd2af9
-def _mend_module(model, declared, policy, writes):
-    "Mend one shared module; False where that cannot be."
-    if any(_at(model, name) is None for name in declared.names): return False
-    first, *others = {id(m): m for m in (_at(model, name) for name in declared.names)}.values()
-    mine, theirs = places(first), [places(other) for other in others]
-    try:
-        for other in others: _check_same(declared.names[0], first, "it", other)
-    except ValueError: return False
-    for name, (*_, tensor) in mine.items():
-        values = [own[name].tensor for own in theirs]
-        if not all(_fits(tensor, value, policy) for value in values): return False
-        if policy == "mean": writes.append((tensor, _mean([tensor, *values])))
-    _replace(model, others, first)
-    return True
+# %% ../nbs/02_binding.ipynb #35592a97
+def _mend_modules(model):
+    "Put the first module of each shared one at all of its names, where the others are like it."
+    for declared in declared_ties(model):
+        if declared.kind != "module" or _holds(model, declared): continue
+        first, *others = {id(held): held for held in (_at(model, name) for name in declared.names)}.values()
+        if any(held is None or _differ("", first, "", held) for held in (first, *others)): continue
+        mine, theirs = places(first), [places(other) for other in others]
+        if all(own[name].tensor is place.tensor for own in theirs for name, place in mine.items()):
+            _replace(model, others, first)
 
 # %% ../nbs/02_binding.ipynb #61a9b2f1
 def _mend_view(model, tie):
@@ -158,6 +198,39 @@ def _bind_view(model, source, group, map):
     else: _bind(group[0], source.tensor, map)
     names = source.name, *(place.name for place in group)
     _declare(model, Declared(names, None if same else map, source.kind))
+
+# %% ../nbs/02_binding.ipynb #50129dc2
+def keep_ties(
+    model: nn.Module,
+    on_conflict: str = "error",  # for a state dict with several values: raise, take the "first", or the "mean"
+) -> nn.Module:  # the same model
+    """Let ties survive casts, moves, `to_empty`, `.to("meta")`, loading, copies, pickles and sharding.
+
+    All true ties become declared ones. It watches what is done to `model`, or to what holds it; what is done to a
+    part alone `check_ties` finds. A larger model that is loaded asks first if it has a declared tie itself or is
+    kept; if not, it comes to `model` when other parts may have been loaded, so keep the whole.
+    Raises `BrokenTie` for ties that do not hold now, and for pseudo-ties."""
+    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
+    one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
+    for tie in check_ties(model, pseudo=True): _declare_found(model, tie)
+    if keeper := _keeper(model): keeper.on_conflict = on_conflict
+    else:
+        keeper = model._apply = _Keeper(model, on_conflict)
+        keeper.hooks = (model.register_load_state_dict_pre_hook(keeper.before_load),  # kept, so that their numbers
+                        model.register_load_state_dict_post_hook(keeper.after_load))  # survive pickling
+    return model
+
+
+def _declare_found(model, tie):
+    "Declare a tie, unless a declared one has it."
+    known = declared_ties(model)
+    mapped = {f"{path}.parametrizations.{name}.original".lstrip(".") for d in known if d.map is not None
+              for path, _, name in (n.rpartition(".") for n in d.names[1:])}
+    names = tuple(name for name in tie.names if name not in mapped)
+    shared = [d.names for d in known if d.kind == "module"]
+    inside = any(all(n.startswith(tuple(f"{m}." for m in own)) for n in names) for own in shared)
+    if len(names) < 2 or inside or any(set(d.names) >= set(names) for d in known): return
+    _declare(model, Declared(names, None, tie.kind))
 
 # %% ../nbs/02_binding.ipynb #aebf03e4
 class _Keeper:
@@ -270,34 +343,3 @@ def _close(a, b):
     if a.shape != b.shape: return False
     eps = torch.finfo(b.dtype).eps if b.is_floating_point() else 0
     return torch.allclose(a.to(b), b, rtol=8 * eps, atol=0, equal_nan=True)
-
-# %% ../nbs/02_binding.ipynb #57acb8c5
-def keep_ties(
-    model: nn.Module,
-    on_conflict: str = "error",  # for a state dict with several values: raise, take the "first", or the "mean"
-) -> nn.Module:  # the same model
-    """Let ties survive casts, moves, `to_empty`, `.to("meta")`, loading, copies, pickles and sharding.
-
-    All true ties become declared ones. It watches what is done to `model`, or to what holds it; what is done to a
-    part alone `check_ties` finds. Raises `BrokenTie` for ties that do not hold now, and for pseudo-ties."""
-    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
-    one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
-    for tie in check_ties(model, pseudo=True): _declare_found(model, tie)
-    if isinstance(keeper := model.__dict__.get("_apply"), _Keeper): keeper.on_conflict = on_conflict
-    else:
-        keeper = model._apply = _Keeper(model, on_conflict)
-        keeper.hooks = (model.register_load_state_dict_pre_hook(keeper.before_load),  # kept, so that their numbers
-                        model.register_load_state_dict_post_hook(keeper.after_load))  # survive pickling
-    return model
-
-
-def _declare_found(model, tie):
-    "Declare a tie, unless a declared one has it."
-    known = declared_ties(model)
-    mapped = {f"{path}.parametrizations.{name}.original".lstrip(".") for d in known if d.map is not None
-              for path, _, name in (n.rpartition(".") for n in d.names[1:])}
-    names = tuple(name for name in tie.names if name not in mapped)
-    shared = [d.names for d in known if d.kind == "module"]
-    inside = any(all(n.startswith(tuple(f"{m}." for m in own)) for n in names) for own in shared)
-    if len(names) < 2 or inside or any(set(d.names) >= set(names) for d in known): return
-    _declare(model, Declared(names, None, tie.kind))

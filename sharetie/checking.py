@@ -10,63 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .errors import need
-from .finding import Ties, _find, _walk, module_paths, places, view_map
+from .finding import Ties, _find, _walk, module_paths, places
 from .making import equal_values
 from .making import _declared, _kinds, _what
-
-# %% ../nbs/02_checking.ipynb #42efbcf0
-def _at(model, name):
-    "What is held at a name: a tensor, a module, or None."
-    *path, last = name.split(".")
-    for part in path:
-        if (model := model._modules.get(part)) is None: return None
-    for held in (model._parameters, model._buffers, model._modules):
-        if held.get(last) is not None: return held[last]
-
-# %% ../nbs/02_checking.ipynb #e5348ed5
-def _holds(model, declared):
-    "Does a declared tie hold?"
-    source, *others = (_at(model, name) for name in declared.names)
-    if source is None: return False
-    if declared.map is None: return all(other is source for other in others)
-    return all(_maps_here(_maps_at(model, name), declared, source) for name in declared.names[1:])
-
-
-def _maps_at(model, name):
-    "The list of parametrizations that computes the tensor at a name, or None."
-    path, _, attribute = name.rpartition(".")
-    return _at(model, f"{path}.parametrizations.{attribute}".lstrip("."))
-
-
-def _maps_here(maps, declared, source=None):
-    "Is this list of parametrizations the map of a declared tie alone (and of this source)?"
-    fine = maps is not None and len(maps) == 1 and maps[0] is declared.map and hasattr(maps, "original")
-    return fine and (source is None or maps.original is source)
-
-# %% ../nbs/02_checking.ipynb #902edff2
-def _holding(model, declared, name):
-    "What a member holds, and whether as the source of its map; or None, and in words why."
-    if isinstance(held := _at(model, name), Tensor): return held, False
-    maps = _maps_at(model, name)
-    if declared.map is not None and _maps_here(maps, declared): return maps.original, True
-    if maps is not None: return None, f"{name!r} is computed by {_kinds(maps)}"
-    path, _, attribute = name.rpartition(".")
-    plain = isinstance(getattr(dict(module_paths(model)).get(path), attribute, None), Tensor)
-    return None, f"{name!r} is a plain tensor now, no {declared.kind}" if plain else f"{name!r} is gone"
-
-# %% ../nbs/02_checking.ipynb #9494f5db
-def _compare(a, b):
-    "How `b` differs from `a`, in words, and whether `b` can become `a` without losing anything."
-    mine, yours = (_what(t) | {"trained": t.requires_grad} for t in (a, b))
-    if a.is_meta or b.is_meta: mine.pop("device", None)
-    if differ := [f"{key} {yours[key]} and not {mine[key]}" for key in mine if mine[key] != yours.get(key)]:
-        return f"has {', '.join(differ)}", False
-    if a.is_meta or b.is_meta: return "is another tensor, and one of them has no values", True
-    if equal_values(a, b): return "is another tensor with equal values", True
-    wide = torch.complex128 if a.is_complex() else torch.float64
-    return f"differs by up to {(a.detach().to(wide) - b.detach().to(wide)).abs().max().item():.3g}", False
+from .sharing import _check_same
 
 # %% ../nbs/02_checking.ipynb #54bd44ea
 @dataclass(frozen=True)
@@ -75,8 +25,12 @@ class Broken:
     names: tuple[str, ...]
     why: str   # what each name holds now
     mend: str  # what makes it whole
+    tied: bool = True  # are the names those of one tie?
 
-    def __str__(self): return f"{' = '.join(self.names)}: {self.why}; {self.mend}"
+    def __str__(self):
+        more = f" and {len(self.names) - 5} more" if len(self.names) > 5 else ""
+        names = " = ".join(self.names) if self.tied else ", ".join(self.names[:5]) + more
+        return f"{names}: {self.why}; {self.mend}"
 
 
 class BrokenTie(ValueError):
@@ -88,38 +42,6 @@ class BrokenTie(ValueError):
         self.broken = list(broken)
 
     def __str__(self): return "\n".join(map(str, self.broken))
-
-# %% ../nbs/02_checking.ipynb #2e6141d9
-def _diagnose(model, declared):
-    "What the members of a broken tie hold, and how to mend it."
-    if declared.kind == "module": return _diagnose_module(model, declared)
-    source, why = _holding(model, declared._replace(map=None), declared.names[0])
-    if source is None: return Broken(declared.names, why, "put it back")
-    told, mend = [], "retie_(model) mends it"
-    for name in declared.names[1:]:
-        value, mapped = _holding(model, declared, name)
-        if value is source: continue
-        made = source if mapped or declared.map is None else _made_of(source, declared.map)
-        text, fine = (mapped, None) if value is None else _compare(made, value)
-        told.append(text if value is None else f"{name!r} {text}")
-        if fine is None: mend = f"make {name!r} a plain {declared.kind} again, then retie_(model)"
-        elif not fine: mend = "retie_(model, on_conflict='first') keeps the first, 'mean' takes the mean"
-    return Broken(declared.names, f"beside {declared.names[0]!r}, {', '.join(told)}", mend)
-
-# %% ../nbs/02_checking.ipynb #53199e32
-def _diagnose_module(model, declared):
-    "Which names do not hold the first one's module."
-    first, *others = declared.names
-    gone = [name for name in declared.names if _at(model, name) is None]
-    if gone: return Broken(declared.names, f"{gone} are gone", "put a module there, then retie_(model)")
-    apart = [name for name in others if _at(model, name) is not _at(model, first)]
-    why = f"other modules than {first!r} are {apart}"
-    return Broken(declared.names, why, "retie_(model) puts the first there")
-
-
-def _made_of(source, map):
-    "What a map makes of a source, trained as it is."
-    with torch.no_grad(): return map(source.detach()).detach().requires_grad_(source.requires_grad)
 
 # %% ../nbs/02_checking.ipynb #fe8b923e
 def check_ties(
@@ -146,6 +68,119 @@ def _broken(model, walked):
     "What is wrong with the ties that were declared on a model, or in it."
     return [_diagnose(model, declared) for declared in _declared(walked) if not _holds(model, declared)]
 
+# %% ../nbs/02_checking.ipynb #42efbcf0
+def _holds(model, declared):
+    "Does a declared tie hold?"
+    source, *others = (_at(model, name) for name in declared.names)
+    if source is None: return False
+    if declared.map is None: return all(other is source for other in others)
+    return all(_maps_here(_maps_at(model, name), declared, source) for name in declared.names[1:])
+
+
+def _at(model, name):
+    "What is held at a name: a tensor, a module, or None."
+    *path, last = name.split(".")
+    for part in path:
+        if (model := model._modules.get(part)) is None: return None
+    for held in (model._parameters, model._buffers, model._modules):
+        if held.get(last) is not None: return held[last]
+
+# %% ../nbs/02_checking.ipynb #e5348ed5
+def _maps_at(model, name):
+    "The list of parametrizations that computes the tensor at a name, or None."
+    path, _, attribute = name.rpartition(".")
+    return _at(model, f"{path}.parametrizations.{attribute}".lstrip("."))
+
+
+def _maps_here(maps, declared, source=None):
+    "Is this list of parametrizations the map of a declared tie alone (and of this source)?"
+    fine = maps is not None and len(maps) == 1 and maps[0] is declared.map and hasattr(maps, "original")
+    return fine and (source is None or maps.original is source)
+
+# %% ../nbs/02_checking.ipynb #902edff2
+def _holding(model, declared, name):
+    "What a member holds, and whether as the source of its map; or None, and in words why."
+    if isinstance(held := _at(model, name), Tensor): return held, False
+    maps = _maps_at(model, name)
+    if declared.map is not None and _maps_here(maps, declared): return maps.original, True
+    if maps is not None: return None, f"{name!r} is computed by {_kinds(maps)}"
+    path, _, attribute = name.rpartition(".")
+    plain = isinstance(getattr(dict(module_paths(model)).get(path), attribute, None), Tensor)
+    return None, f"{name!r} is a plain tensor now, no {declared.kind}" if plain else f"{name!r} is gone"
+
+# %% ../nbs/02_checking.ipynb #8450d3a9
+def _compare(a, b):
+    "How `b` differs from `a`, in words, and whether `b` can become `a` without losing anything."
+    mine, yours = (_what(t) | {"trained": t.requires_grad} for t in (a, b))
+    if not (_valued(a) and _valued(b)): mine.pop("device", None)
+    if differ := [f"{key} {yours[key]} and not {mine[key]}" for key in mine if mine[key] != yours.get(key)]:
+        return f"has {', '.join(differ)}", False
+    if mine["shape"] is None: return "is another tensor, and has no shape yet", True
+    if not (_valued(a) and _valued(b)): return "is another tensor, and one of them has no values", True
+    if equal_values(a, b): return "is another tensor with equal values", True
+    wide = torch.complex128 if a.is_complex() else torch.float64
+    return f"differs by up to {(a.detach().to(wide) - b.detach().to(wide)).abs().max().item():.3g}", False
+
+
+def _valued(tensor):
+    "Has a tensor values, and is not on the meta device or of a lazy module?"
+    return not (isinstance(tensor, UninitializedTensorMixin) or tensor.is_meta)
+
+# %% ../nbs/02_checking.ipynb #184bddbb
+def _diagnose(model, declared):
+    "What the members of a broken tie hold, and how to mend it."
+    if declared.kind == "module": return _diagnose_module(model, declared)
+    source, why = _holding(model, declared._replace(map=None), declared.names[0])
+    if source is None: return Broken(declared.names, why, "put it back")
+    told, mend = [], "retie_(model) mends it"
+    for name in declared.names[1:]:
+        text, fine = _told(model, declared, source, name)
+        if text: told.append(text)
+        if fine is None: mend = f"make {name!r} a plain {declared.kind} again, then retie_(model)"
+        elif not fine: mend = "retie_(model, on_conflict='first') keeps the first, 'mean' takes the mean"
+    return Broken(declared.names, f"beside {declared.names[0]!r}, {', '.join(told)}", mend)
+
+
+def _told(model, declared, source, name):
+    "What a member holds, in words, and whether it can become what it should be; None: it is no tensor."
+    value, mapped = _holding(model, declared, name)
+    if value is source: return "", True
+    if value is None: return mapped, None
+    made = source if mapped or declared.map is None else _made_of(source, declared.map)
+    if made is None: return f"{name!r} cannot be {declared.map} of what is there now", False
+    text, fine = _compare(made, value)
+    return f"{name!r} {text}", fine
+
+
+def _made_of(source, map):
+    "What a map makes of a source, trained as it is; None where it does not fit any more."
+    try:
+        with torch.no_grad(): return map(source.detach()).detach().requires_grad_(source.requires_grad)
+    except (RuntimeError, ValueError, IndexError, TypeError): return None
+
+# %% ../nbs/02_checking.ipynb #dce0ab2b
+def _diagnose_module(model, declared):
+    "Which names do not hold the first one's module, and what else than values differs."
+    (first, one), *others = ((name, _at(model, name)) for name in declared.names)
+    gone = [name for name, module in ((first, one), *others) if module is None]
+    if gone: return Broken(declared.names, f"{gone} are gone", "put a module there, then retie_(model)")
+    apart, agree = {name: module for name, module in others if module is not one}, True
+    why = f"other modules than {first!r} are {[*apart]}"
+    for name, module in apart.items():
+        if differ := _differ(first, one, name, module):
+            return Broken(declared.names, f"{why}; {differ}", "put a module like the first there, then retie_(model)")
+        mine, theirs = places(one), places(module)
+        agree = agree and all(_compare(place.tensor, theirs[own].tensor)[1] for own, place in mine.items())
+    first_or_mean = "retie_(model, on_conflict='first') keeps the first's values, 'mean' takes the mean"
+    return Broken(declared.names, why, "retie_(model) puts the first there" if agree else first_or_mean)
+
+
+def _differ(a, first, b, other):
+    "In what two modules differ but for their values, in words, or nothing."
+    try: _check_same(a, first, b, other)
+    except ValueError as error: return str(error).partition(": ")[2]
+    return ""
+
 # %% ../nbs/02_checking.ipynb #01141034
 def _check_optimizer(model, optimizer, views, complete):
     "What optimizers have wrong about a model."
@@ -161,7 +196,7 @@ def _check_optimizer(model, optimizer, views, complete):
     missing = [own[0] for i, own in names.items() if i not in held and found[own[0]].tensor.requires_grad]
     if missing and complete:
         mend = f"{anew}, freeze them, or pass complete=False"
-        wrong.append(Broken(tuple(missing), "trained, but in no optimizer", mend))
+        wrong.append(Broken(tuple(missing), "trained, but in no optimizer", mend, tied=False))
     for tie in views:
         n = len({id(found[name].tensor) for name in tie.names} & held.keys())
         why = f"{n} Parameters over one memory ({tie.how}), each stepped"

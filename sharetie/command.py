@@ -21,7 +21,7 @@ from .duplicates import FileTies, dedup_file, file_ties
 class _Refused(click.ClickException):
     "An error that is the user's to mend: one line, and an exit status."
     def __init__(self, error, status):
-        super().__init__(" ".join(str(error).split()))
+        super().__init__(" ".join(str(error).split()).replace("force=True", "--force"))
         self.exit_code = status
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .binding import Broken, BrokenTie
-from .checkpoint import CODES, KEY, Checkpoint, Derived, raw_bytes, pieces, tie_metadata, write_tensors
+from .checkpoint import CODES, KEY, Checkpoint, Derived, file_path, raw_bytes, pieces, tie_metadata, write_tensors
 from .errors import need, nonnegative
 from .finding import Reshape, Transpose
 
@@ -147,7 +147,9 @@ class FileTie:
     def _row(self):
         "What a table shows."
         names = " = ".join(self.names[:3]) + (f" and {len(self.names) - 3} more" if len(self.names) > 3 else "")
+        once = self.kind == "duplicate" and not self.saved
         note = f"differ by {self.difference:.1e}" if self.kind == "near" else "constant" if self.constant else ""
+        note = "stored once" if once else note
         size = "?" if self.shape is None else "×".join(map(str, self.shape)) or "scalar"
         return self.kind, names, self.how, size, self.code, f"{self.saved:,}", note
 
@@ -193,7 +195,7 @@ def _declared(file):
     rows = {}
     for name, (source, kind, map) in {**file.derived, **file.hints}.items():
         how = "same" if map is None else map if isinstance(map, str) else type(map).__name__.lower()
-        kind = "memory" if kind == "memory" else "tie"
+        kind = kind if kind in ("memory", "duplicate") else "tie"
         rows.setdefault((kind, source, _HOW.get(how, how)), []).append(name)
     for (kind, source, how), names in rows.items():
         yield FileTie(kind, (source, *names), how, *file.entries[source])
@@ -296,15 +298,23 @@ def dedup_file(
 
     Raises as `file_ties`; BrokenTie for a file that contradicts itself, FileExistsError
     unless `force`, ValueError for a torch file with more than tensors."""
+    source, target = file_path(source, "source"), file_path(target, "target")
     if os.path.lexists(target) and not force:
         raise FileExistsError(f"{target}: a new file is expected, this one exists; force=True replaces it")
     file = Checkpoint(source)
     wrong = [Broken((at, name), f"in {source}, {why}", "save it anew") for at, name, why in file.broken]
     if wrong: raise BrokenTie(wrong)
-    if file.others: raise ValueError(f"{source}: {', '.join(file.others[:3])} of {len(file.others)} are no tensors")
+    _tensors_only(file)
     derived = _deduplicated(file)
     entries = {name: file[name] for name in file.entries if name not in derived}
-    metadata = {key: text for key, text in file.metadata.items() if key != KEY} | tie_metadata(derived)
+    metadata = {key: text for key, text in file.metadata.items() if key != KEY} | tie_metadata(derived, file.modules)
     before = sum(os.path.getsize(path) for path in file.paths)
     write_tensors(target, entries, {"format": "pt"} | metadata)
     return Dedup(before, os.path.getsize(target), tuple(name for name in file.entries if name in derived))
+
+
+def _tensors_only(file):
+    "Raise for a checkpoint that holds more than tensors."
+    more = f" and {len(file.others) - 3} more" if len(file.others) > 3 else ""
+    if file.others: raise ValueError(f"{file.path}: a file of tensors only is expected, got also {', '.join(file.others[:3])}{more}; "
+                                     "save its state dict by itself, such as torch.save(checkpoint['model'], …)")

@@ -73,6 +73,17 @@ def places(
             for kind, held in (("parameter", module._parameters), ("buffer", module._buffers))
             for name, tensor in held.items() if tensor is not None}
 
+# %% ../nbs/02_finding.ipynb #0dccf7fe
+def _need_shape(name, tensor):
+    "Raise ValueError for a tensor of a lazy module that was never called."
+    if isinstance(tensor, UninitializedTensorMixin):
+        raise ValueError(f"{name}: a tensor with a shape is expected, got one of a lazy module; call the model once first")
+
+
+def _need_shapes(model):
+    "The same for all tensors of a model."
+    for name, place in places(model).items(): _need_shape(name, place.tensor)
+
 # %% ../nbs/02_finding.ipynb #b45751a1
 def _parts(tensor):
     "The plain strided tensors that hold a tensor's memory."
@@ -136,6 +147,17 @@ def _clusters(tensors):
     clusters = {}
     for i in sorted(joined): clusters.setdefault(root(i), []).append(i)
     return [cluster for cluster in clusters.values() if len(cluster) > 1]
+
+# %% ../nbs/02_finding.ipynb #0dfd5c27
+def _memory_groups(tensors):
+    "Lists of the names whose tensors have memory in common; every name is in one, in the order of the names."
+    names, same = [*tensors], {}
+    for name, tensor in tensors.items(): same.setdefault(id(tensor), []).append(name)
+    groups = {name: same[id(tensor)] for name, tensor in tensors.items()}
+    for cluster in _clusters([*tensors.values()]):
+        together = [names[i] for i in cluster]
+        groups.update(dict.fromkeys(together, together))
+    return [*{id(group): group for group in groups.values()}.values()]
 
 # %% ../nbs/02_finding.ipynb #d19af779
 @dataclass(frozen=True)
@@ -226,7 +248,7 @@ class Ties(_Table):
         if isinstance(key, slice): return Ties(tuple.__getitem__(self, key))
         if not isinstance(key, str): return tuple.__getitem__(self, key)
         if found := self.of(key): return found[0]
-        near = get_close_matches(key, [name for tie in self for name in tie.names], n=1, cutoff=0)
+        near = get_close_matches(key, [name for tie in self for name in tie.names], n=1)
         hint = f"; the nearest name is {near[0]!r}" if near else ""
         raise KeyError(f"{key!r} is in no tie{hint}")
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import match_names, need
+from .errors import function, match_names, need, shown, tensor
+from .finding import _need_shapes
 from .surgery import by_tensor, choose_modules, no_views, sites
 
 # %% ../nbs/02_groups.ipynb #e8cba64b
@@ -54,8 +55,9 @@ def _agreed(group, rules, default):
     (first, _, number, options), *others = [claim for claim in claims if claim[1] == firmest]
     for site, *_, other in others:
         if other != options:
-            a, b = (f"{s.labels[0]} ({_kind(s)})" for s in (first, site))
-            raise ValueError(f"rules: {a} asks for {options}, and {b}, the same weight, for {other}; "
+            (a, mine), (b, yours) = ((f"{s.labels[0]} ({_kind(s)})", own or "the optimizer's own options")
+                                     for s, own in ((first, options), (site, other)))
+            raise ValueError(f"rules: {a} asks for {mine}, and {b}, the same weight, for {yours}; "
                              f"a rule for one name decides, such as NO_DECAY | {{{first.labels[0]!r}: {options}}}")
     return number, options
 
@@ -76,6 +78,7 @@ def param_groups(
     no_views(model, "an optimizer")
     found = sites(model)
     _check_rules(rules, found)
+    _check_options(default, "default")
     groups = {}
     for group in by_tensor(found):
         if not group[0].tensor.requires_grad: continue
@@ -92,14 +95,26 @@ def _check_rules(rules, found):
     need(isinstance(rules, Mapping), "rules", "a dictionary", rules, TypeError)
     names = [name for site in found for name in (*site.labels, *site.names)]
     for keys, options in rules.items():
-        need(isinstance(options, Mapping), f"rules[{keys!r}]", "a dictionary of options", options, TypeError)
+        _check_options(options, f"rules[{shown(keys)}]")
         for key in keys if isinstance(keys, tuple) else (keys,):
-            fine = isinstance(key, (str, type)) or callable(key)
-            need(fine, "rules", "a name, a pattern, a type or a function as key", key, TypeError)
-            if isinstance(key, str): match_names(names, key, "rules")
-            elif keys not in NO_DECAY:
-                fine = any(_fit(key, site) < 3 for site in found)
-                need(fine, "rules", "what fits a parameter", key)
+            _check_key(key, names)
+            fine = isinstance(key, str) or keys in NO_DECAY or any(_fit(key, site) < 3 for site in found)
+            need(fine, "rules", "a key that fits a parameter", key)
+
+
+def _check_key(key, names):
+    "Raise for a key of a rule that is none, or a name that is not there."
+    fine = isinstance(key, (str, type)) or callable(key)
+    need(fine, "rules", "a name, a pattern, a type or a function as key", key, TypeError)
+    if isinstance(key, str): match_names(names, key, "rules")
+    elif not isinstance(key, type): function(key, "rules", ["name", "tensor"])
+
+
+def _check_options(options, argument):
+    "Raise for options of a group that are none, or that the model gives."
+    fine = isinstance(options, Mapping) and all(isinstance(key, str) for key in options)
+    need(fine, argument, "a dictionary of options by name", options, TypeError)
+    need(not {"params", "param_names"} & {*options}, argument, "a dictionary without 'params' and 'param_names'", options)
 
 # %% ../nbs/02_groups.ipynb #7d0f5aee
 def tie_groups(
@@ -146,30 +161,39 @@ def functional(
     `call` takes any of the parameters and buffers, by any name, and the rest from the model; it raises
     ValueError for names that are none, and for two values of one weight."""
     no_views(model, "a function")
-    first, where = {}, {}
+    _need_shapes(model)
+    first, where, shapes = {}, {}, {}
     for group in by_tensor(sites(model, buffers=True)):
         source = group[0].names[0]
-        where[source] = [site.names[0] for site in group]
+        where[source], shapes[source] = [site.names[0] for site in group], tuple(group[0].tensor.shape)
         first |= {name: source for site in group for name in site.names}
 
     def call(values, *inputs, **options):
         "The model's output with `values` in the place of its own."
-        for name in values:
-            if name not in first: match_names(first, name, "values", one=True)
-        chosen = {}
-        for name, value in values.items():
-            if chosen.setdefault(first[name], value) is not value:
-                raise ValueError(f"values: {name} and {first[name]} are one weight, got two values")
+        chosen = _chosen(values, first, shapes)
         swapped = {site: value for name, value in chosen.items() for site in where[name]}
         return functional_call(model, swapped, inputs, options, tie_weights=False)
 
     return call, dict(model.named_parameters())
+
+
+def _chosen(values, first, shapes):
+    "Values by the first name of each weight; errors for names, shapes and contradictions."
+    need(isinstance(values, Mapping), "values", "a dictionary of tensors by name", values, TypeError)
+    chosen = {}
+    for name, value in values.items():
+        if name not in first: match_names(first, name, "values", one=True)
+        tensor(value, f"values[{name!r}]", shape=shapes[first[name]])
+        if chosen.setdefault(first[name], value) is not value:
+            raise ValueError(f"values: {name} and {first[name]} are one weight, got two values")
+    return chosen
 
 # %% ../nbs/02_groups.ipynb #67f13e7a
 def skeleton(
     model: nn.Module,
 ) -> nn.Module:  # on the meta device
     "A copy without memory that has all ties; a copy moved by `.to('meta')` has none."
+    _need_shapes(model)
     tensors = [group[0].tensor for group in by_tensor(sites(model, buffers=True))]
     def empty(tensor):
         made = torch.empty_like(tensor, device="meta", requires_grad=False)
@@ -201,6 +225,7 @@ def ensemble(
 def _alike(model):
     "What models of an ensemble must have in common."
     no_views(model, "an ensemble")
+    _need_shapes(model)
     groups = by_tensor(sites(model, buffers=True))
     names = [[name for site in group for name in site.names] for group in groups]
     return {"type": type(model).__name__, "mode": "training" if model.training else "evaluation",

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import match_names, need, one_of
-from .finding import Map, Tie, _walk, find_ties, module_paths, places, view_map
+from .errors import match_names, need, one_of, shown
+from .finding import Map, Scale, Tie, find_ties, module_paths, places, view_map
+from .finding import _need_shape, _walk
 
 # %% ../nbs/02_making.ipynb #a1006417
 class Declared(NamedTuple):
@@ -60,10 +61,13 @@ def equal_values(
 
 # %% ../nbs/02_making.ipynb #c404ad4c
 class _OneValue:
-    "A hook that lets no state dict bring several values for one tie."
+    "A hook that lets no state dict bring several values for one tie, of a model or its parts."
     def __call__(self, model, state, prefix, *_):
-        if "_apply" in model.__dict__: return  # `keep_ties` decides this by a policy
+        if _keeper(model): return  # it decides by its policy
+        kept = {f"{path}.": part for path, part in module_paths(model) if _keeper(part)}
+        for path, part in kept.items(): _keeper(part).before_load(part, dict(state), prefix + path)
         for tie in find_ties(model).true:
+            if any(all(name.startswith(path) for name in tie.names) for path in kept): continue
             given = [name for name in tie.names if isinstance(state.get(prefix + name), Tensor)]
             for name in given[1:]: self.compare(state, prefix + given[0], prefix + name)
 
@@ -75,6 +79,12 @@ class _OneValue:
         if equal_values(a.to(dtype), b.to(a.device, dtype)): return
         raise ValueError(f"state_dict: one value for the tie of {first!r} and {other!r} is expected, got two; "
                          "leave one out, or keep_ties(model, on_conflict='first' or 'mean') decides")
+
+
+def _keeper(module):
+    "What `keep_ties` has put on a module, or None."
+    keeper = module.__dict__.get("_apply")
+    return keeper if hasattr(keeper, "before_load") else None
 
 # %% ../nbs/02_making.ipynb #af5423a5
 def _declare(model, new):
@@ -104,7 +114,8 @@ class Function(Map):
 # %% ../nbs/02_making.ipynb #6113c386
 def _as_map(map):
     "A map as a module that an assignment cannot go through backwards."
-    need(callable(map), "map", "a function of the source, or a module", map, TypeError)
+    fine = callable(map) and not isinstance(map, type)
+    need(fine, "map", "a function of the source, or a module such as Transpose(),", map, TypeError)
     plain = isinstance(map, nn.Module) and not hasattr(map, "right_inverse")
     return map if plain else Function(map)
 
@@ -137,23 +148,27 @@ def _deepcopy(module, memo):
 
 # %% ../nbs/02_making.ipynb #e6957aea
 def _bind(place, source, map):
-    "Let the tensor at a place be computed from `source` by `map`."
+    "Let the tensor at a place be computed from `source` by `map`; a buffer that is not saved stays so."
+    unsaved = place.attribute in place.owner._non_persistent_buffers_set
     if parametrize.is_parametrized(place.owner): _copyable(place.owner)  # it may share its class with a copy
     parametrize.register_parametrization(place.owner, place.attribute, map, unsafe=True)
-    place.owner.parametrizations[place.attribute].original = source
+    maps = place.owner.parametrizations[place.attribute]
+    maps.original = source
+    if unsaved: maps._non_persistent_buffers_set.add("original")
     _copyable(place.owner)
 
 
 def _unbind(owner, attribute, tensor):
     "Put a tensor of its own where one was computed."
     _copyable(owner)
+    saved = "original" not in owner.parametrizations[attribute]._non_persistent_buffers_set
     delattr(type(owner), attribute)
     del owner.parametrizations[attribute]
     if not owner.parametrizations:
         del owner.parametrizations
         owner.__class__ = type(owner).__bases__[0]
     if isinstance(tensor, nn.Parameter): owner.register_parameter(attribute, tensor)
-    else: owner.register_buffer(attribute, tensor)
+    else: owner.register_buffer(attribute, tensor, persistent=saved)
 
 # %% ../nbs/02_making.ipynb #e17b46de
 def _computed(model):
@@ -179,7 +194,7 @@ def _members(model, members):
 def _matched(names, patterns, argument):
     "The names that were asked for, two or more, each once."
     fine = isinstance(patterns, Iterable) and not isinstance(patterns, Tensor)
-    need(fine, argument, "names and patterns", patterns, TypeError)
+    need(fine, argument, "a list of names or patterns", patterns, TypeError)
     names, chosen = list(names), []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         for name in match_names(names, pattern, argument):
@@ -229,9 +244,11 @@ def _check_alike(source, place, first, map):
 def _check_members(members, map, trained):
     "Raise unless members are of one kind, alike, and all or none of them trained."
     source, *others = members
+    for place in members: _need_shape(place.name, place.tensor)
     kinds = {place.name: place.kind for place in members}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"members: Parameters and buffers cannot be tied, got {kinds}")
+    if trained is not None: _check_trained(source, trained)
     first = _what(source.tensor if map is None else _made(source, map))
     for place in others: _check_alike(source, place, first, map)
     if trained is None and len({place.tensor.requires_grad for place in members}) > 1:
@@ -239,10 +256,24 @@ def _check_members(members, map, trained):
         raise ValueError(f"members: frozen and trained ones, {told}; trained=True or trained=False decides")
 
 
+def _check_trained(source, trained):
+    "Raise unless a source can be trained, or frozen, as asked for."
+    need(isinstance(trained, bool), "trained", "True, False or None", trained, TypeError)
+    need(source.kind == "parameter", "trained", "None for buffers", trained)
+    fine = not trained or source.tensor.is_floating_point() or source.tensor.is_complex()
+    need(fine, "trained", f"False for {source.tensor.dtype}", trained)
+
+# %% ../nbs/02_making.ipynb #c593d00f
 def _made(source, map):
-    "What the map makes of the source."
-    with torch.no_grad(): made = map(source.tensor.detach())
+    "What a map makes of the source; ValueError for one that raises, or writes."
+    probe = source.tensor.detach().clone()
+    try:
+        with torch.no_grad(): made = map(probe)
+    except Exception as error:
+        raise ValueError(f"map: one that fits {source.name!r} ({shown(source.tensor)}) is expected, got {map}, which "
+                         f"raises {type(error).__name__}: {error}") from error
     need(isinstance(made, Tensor), "map", f"a function from {source.name!r} to a tensor", type(made), TypeError)
+    need(probe.is_inference() or not probe._version, "map", "a function that does not write to the source", map)
     return made
 
 # %% ../nbs/02_making.ipynb #37abe6a4
@@ -284,14 +315,15 @@ def tie_(
     map = None if map is None else _as_map(map)
     _check_members(members, map, trained)
     if map is not None: _check_mapped(members, found, map)
-    _check_padding(members, padding)
+    _check_padding(members, map, padding)
+    _warn(members, padding)
     source, *others = members
     if trained is not None: source.tensor.requires_grad_(trained)
     for place in {(id(p.owner), p.attribute): p for p in others}.values():
         if map is not None: _bind(place, source.tensor, map)
         else: _put(_aliases(found, place.tensor), source.tensor)
     _declare(model, Declared(tuple(place.name for place in members), map, source.kind))
-    if padding == "mask": _mask_padding(members)
+    if padding is not None: _set_padding(members, padding)
     return find_ties(model).true[source.name]
 
 
@@ -310,18 +342,30 @@ def _changeable(model):
                              f"{path or 'its root'!r}, which holds its own list of Parameters")
 
 # %% ../nbs/02_making.ipynb #b3c17ca9
-def _check_padding(members, padding):
-    "Warn of, or raise for, what a tied embedding's options no longer mean."
-    if padding is not None: one_of(padding, "padding", ["mask", "train"])
+def _sides(members):
+    "The embeddings among the members, and the others."
     tables = [p for p in members if isinstance(p.owner, nn.Embedding) and p.attribute == "weight"]
-    heads = [p for p in members if p not in tables]
+    return tables, [p for p in members if p not in tables]
+
+
+def _check_padding(members, map, padding):
+    "Raise unless the padding row of a tie can be masked, or trained, as asked for."
+    if padding is None: return
+    one_of(padding, "padding", ["mask", "train"])
+    (tables, heads), names = _sides(members), [p.name for p in members]
+    rows = {p.owner.padding_idx for p in tables}
+    if padding == "train": return need(rows - {None}, "padding='train'", "a tie of an embedding with padding_idx", names)
+    fine = len(rows - {None}) == len(rows) == 1 and heads
+    fine = fine and all(isinstance(p.owner, nn.Linear) and p.attribute == "weight" for p in heads)
+    need(fine, "padding='mask'", "a tie of embeddings with one padding_idx and nn.Linear", names)
+    need(map is None or isinstance(map, Scale), "padding='mask'", "no map, or Scale,", map)
+
+# %% ../nbs/02_making.ipynb #3d9030d6
+def _warn(members, padding):
+    "Warn of what a tied embedding's options no longer mean."
+    tables, heads = _sides(members)
     rows = {p.name: p.owner.padding_idx for p in tables}
-    if padding == "mask":
-        fine = None not in rows.values() and len(set(rows.values())) == 1 and heads
-        fine = fine and all(isinstance(p.owner, nn.Linear) and p.attribute == "weight" for p in heads)
-        expected = "a tie of embeddings with one padding_idx and nn.Linear"
-        need(fine, "padding='mask'", expected, [p.name for p in members])
-    if padding is None and len(set(rows.values()) | {None for _ in heads}) > 1:
+    if padding is None and len({*rows.values()} | {None for _ in heads}) > 1:
         warnings.warn(f"padding_idx is {rows}: the other members train this row; padding='mask' keeps it "
                       "and masks its logit, padding='train' says that this is meant", stacklevel=3)
     for name, table in {p.name: p.owner for p in tables}.items():
@@ -330,7 +374,7 @@ def _check_padding(members, padding):
         if heads and table.sparse:
             warnings.warn(f"sparse=True of {name}: with the other members its gradient is dense", stacklevel=3)
 
-# %% ../nbs/02_making.ipynb #3d9030d6
+# %% ../nbs/02_making.ipynb #61378d94
 class _MaskLogit:
     "A forward hook that puts one logit at minus infinity, so that its row of weights gets no gradient."
     def __init__(self, index): self.index = index
@@ -339,9 +383,15 @@ class _MaskLogit:
         return logits.masked_fill(rows == self.index, -torch.inf)
 
 
-def _mask_padding(members):
-    "Mask the padding logit of every head."
-    index = next(p.owner.padding_idx for p in members if isinstance(p.owner, nn.Embedding))
-    for place in members:
-        if isinstance(place.owner, nn.Linear): # the handle keeps the hook's number when it is pickled
-            place.owner._padding_mask = place.owner.register_forward_hook(_MaskLogit(index))
+def _set_padding(members, padding):
+    "Mask the padding logit of every head, or mask it no longer."
+    tables, heads = _sides(members)
+    for head in heads:
+        _unmask(head.owner)
+        if padding == "mask": # the handle keeps the hook's number when it is pickled
+            head.owner._padding_mask = head.owner.register_forward_hook(_MaskLogit(tables[0].owner.padding_idx))
+
+
+def _unmask(head):
+    "Take the mask off a head that has one."
+    if mask := head.__dict__.pop("_padding_mask", None): mask.remove()

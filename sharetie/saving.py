@@ -6,8 +6,9 @@
 __all__ = ['save_model', 'Loaded', 'load_model', 'FileTie', 'FileTies', 'file_ties', 'Dedup', 'dedup_file']
 
 # %% ../nbs/02_saving.ipynb #85f2908f
+import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .binding import Broken, BrokenTie, _Whole, check_ties, declared_ties, equal_values, tie_
+from .binding import Broken, BrokenTie, _mean, _Whole, check_ties, declared_ties, equal_values, share_module_, tie_
 from .checkpoint import CODES, KEY, Checkpoint, Derived, check_tensor, find_derived
-from .checkpoint import map_record, memory_groups, memory_span, tie_metadata, write_tensors
+from .checkpoint import map_record, tie_metadata, write_tensors
 from .duplicates import *
 from .errors import need, one_of
-from .finding import Ties, find_ties, places, view_map
+from .finding import Ties, _extent, _memory_groups, find_ties, module_paths, places, view_map
+
+# %% ../nbs/02_saving.ipynb #deed3a47
+_all_ = ["FileTie", "FileTies", "file_ties", "Dedup", "dedup_file"]
 
 # %% ../nbs/02_saving.ipynb #3c334a81
 def _inner(name):
@@ -29,22 +33,35 @@ def _inner(name):
     return f"{owner}.parametrizations.{attribute}.original".lstrip(".")
 
 
-def _mapped(model):
-    "(member, source, map) of the declared ties that have a map."
-    return [(name, tie.names[0], tie.map) for tie in declared_ties(model) if tie.map is not None for name in tie.names[1:]]
+def _mapped(model, state):
+    "(member, source, map) of the declared ties that have a map, and a source that is saved."
+    return [(name, tie.names[0], tie.map) for tie in declared_ties(model)
+            if tie.map is not None and tie.names[0] in state for name in tie.names[1:]]
 
 
 def _derived(model, state):
     "The names that a model's file need not store."
     derived = find_derived(state)
-    for name, source, map in _mapped(model):
+    for name, source, map in _mapped(model, state):
         above = derived.get(source, Derived(source))
         if above.map is not None: raise ValueError(f"{source}: the source of {name} is a view itself; retie_(model) first")
         derived[name] = Derived(above.source, "parameter" if isinstance(state[source], nn.Parameter) else "buffer", map)
         derived.pop(_inner(name), None)
     return derived
 
-# %% ../nbs/02_saving.ipynb #ff758682
+# %% ../nbs/02_saving.ipynb #d5c7fda2
+def _shared_modules(model):
+    "The names of each module with tensors that a model holds in several places."
+    paths, found = module_paths(model), {}
+    modules = dict(paths)
+    for path, module in paths[1:]:
+        parent, _, attribute = path.rpartition(".")
+        held = found.setdefault(id(module), {})
+        if held or next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+            held.setdefault((id(modules[parent]), attribute), path)
+    return [[*held.values()] for held in found.values() if len(held) > 1]
+
+# %% ../nbs/02_saving.ipynb #0cd199f1
 def save_model(
     model: nn.Module,
     path: str | Path,  # of the file, which is replaced when the new one is complete
@@ -63,9 +80,9 @@ def save_model(
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items(): check_tensor(name, tensor)
     derived = _derived(model, state)
-    gone = {*derived, *(_inner(name) for name, *_ in _mapped(model))}
+    gone = {*derived, *(_inner(name) for name, *_ in _mapped(model, state))}
     tensors = {name: tensor for name, tensor in state.items() if name not in gone}
-    write_tensors(path, tensors, {"format": "pt"} | notes | tie_metadata(derived))
+    write_tensors(path, tensors, {"format": "pt"} | notes | tie_metadata(derived, _shared_modules(model)))
 
 # %% ../nbs/02_saving.ipynb #84623f17
 @dataclass
@@ -80,6 +97,7 @@ class _Plan:
     missing: list = field(default_factory=list)
     extra: dict = field(default_factory=dict)  # values that come from a computed member, by name of its source
     later: list = field(default_factory=list)  # (member, source, map): computed members to be compared
+    apart: list = field(default_factory=list)  # pairs of names that only the file ties
 
     def value(self, name):
         "What there is for a target, of its type."
@@ -108,7 +126,8 @@ def _add_computed(plan, name, source, map):
     "Take in a member that is computed."
     held = plan.state[source]
     with torch.no_grad(): view = map(held.detach())
-    if view.untyped_storage()._cdata == held.untyped_storage()._cdata:
+    one_memory = view.untyped_storage()._cdata == held.untyped_storage()._cdata
+    if one_memory and "arguments" in map_record(map):  # a view that the file can tell, too
         plan.targets[name] = view
         return
     plan.later.append((name, source, map))
@@ -159,24 +178,19 @@ def _conflict(plan, first, differ, dtype):
     fine = plan.policy == "first" or dtype.is_floating_point or dtype.is_complex
     need(fine, "on_conflict", f"'first' for whole numbers such as {first}", plan.policy)
 
-
-def _mean(values):
-    "The mean of tensors in double precision."
-    wide = torch.complex128 if values[0].is_complex() else torch.float64
-    return sum(value.to(wide) for value in values) / len(values)
-
 # %% ../nbs/02_saving.ipynb #ec55193c
 def _overlay(plan, given, names):
     "Settle a stretch with several tensors in a copy of it; the names whose memory gets no values."
     target = {name: plan.targets[name] for name in (*given, *names)}
     dtypes = {tensor.dtype for tensor in target.values()}
     if len(dtypes) > 1: raise ValueError(f"{given[0]}: one type is expected over one memory, got {dtypes}; retie_ the model")
-    low, high = (f(memory_span(t)[i] for t in target.values()) for f, i in ((min, 1), (max, 2)))
     dtype, size = dtypes.pop(), target[given[0]].element_size()
+    def start(t): return t.storage_offset() * size if t.is_meta else t.data_ptr()
+    low, high = min(map(start, target.values())), max(start(t) + _extent(t) for t in target.values())
 
     def part(memory, name):
         t = target[name]
-        return memory.as_strided(t.shape, t.stride(), (memory_span(t)[1] - low) // size)
+        return memory.as_strided(t.shape, t.stride(), (start(t) - low) // size)
 
     memory, filled = (torch.zeros((high - low) // size, dtype=kind) for kind in (dtype, torch.int16))
     for name in reversed(given): part(memory, name).copy_(plan.value(name))
@@ -212,16 +226,39 @@ def _plan(model, file, policy, cast):
     state = model.state_dict(keep_vars=True)
     plan = _Plan(file, state, {n: t for n, t in state.items() if isinstance(t, Tensor)}, policy, cast)
     for name, tensor in plan.targets.items(): check_tensor(name, tensor, numbers=False)
-    mapped = _mapped(model)
+    mapped = _mapped(model, state)
     for member in mapped: _add_computed(plan, *member)
-    for group in memory_groups(plan.targets): _settle(plan, group)
+    groups = _memory_groups(plan.targets)
+    for group in groups: _settle(plan, group)
     for member in plan.later: _compare_computed(plan, *member)
+    plan.apart = _apart(file, {name: i for i, group in enumerate(groups) for name in group})
     plan.missing += [name for name in state if name not in plan.targets]
     plan.missing += [name for name, place in places(model).items() if place.tensor.is_meta and name not in state]
     used = {*state, *(name for name, *_ in mapped), *map(_inner, state)}
     return plan, [name for name in (*file.names, *file.others) if name not in used]
 
+
+def _apart(file, group):
+    "Pairs of names that are one weight in a file, and in a model of different groups."
+    return [(source, name) for name, (source, kind, _) in (file.derived | file.hints).items()
+            if kind != "duplicate" and {source, name} <= group.keys() and group[source] != group[name]]
+
 # %% ../nbs/02_saving.ipynb #bab08aea
+def _loads_itself(model):
+    "Has a model loading code that is neither PyTorch's nor ours, and may fail halfway?"
+    def ours(code): return (getattr(code, "__module__", None) or "").startswith(("torch.nn.", "sharetie."))
+    if not ours(type(model).load_state_dict): return True
+    return any(not ours(code) for module in model.modules() for code in (
+        type(module)._load_from_state_dict, *module._load_state_dict_pre_hooks.values(),
+        *module._load_state_dict_post_hooks.values()))
+
+# %% ../nbs/02_saving.ipynb #842c327f
+def _copy(model, values):
+    "Copy values into a model's tensors, all or none."
+    kept = {id(place.tensor): place.tensor for place in places(model).values() if not place.tensor.is_meta}
+    with _Whole(model, kept.values() if _loads_itself(model) else ()): model.load_state_dict(values, strict=False)
+
+# %% ../nbs/02_saving.ipynb #5aedc256
 def _fill(model, plan, device):
     "Bring the values of a plan into the model."
     fresh, meant = {}, [{*tie.names} for tie in find_ties(model).pseudo]
@@ -233,7 +270,7 @@ def _fill(model, plan, device):
         fresh[id(old)].__dict__.update(old.__dict__)
     copied = OrderedDict((name, value) for name, value in plan.values.items() if not plan.state[name].is_meta)
     copied._metadata = plan.state._metadata
-    if copied: model.load_state_dict(copied, strict=False)
+    if copied: _copy(model, copied)
     for place in places(model).values() if fresh else ():
         if id(place.tensor) in fresh: setattr(place.owner, place.attribute, fresh[id(place.tensor)])
     _part(model, {id(tensor) for tensor in fresh.values()}, meant)
@@ -251,6 +288,10 @@ def _part(model, fresh, meant):
 # %% ../nbs/02_saving.ipynb #3563c9b2
 def _restore(model, file):
     "Make the ties of a file in a model."
+    for names in file.modules:
+        modules = dict(module_paths(model))
+        if {*names} <= modules.keys() and len({id(modules[name]) for name in names}) > 1:
+            with suppress(ValueError): share_module_(model, names)  # if they differ, tie what they hold
     found, groups = places(model), {}
     for name, (source, kind, map) in {**file.derived, **file.hints}.items():
         if kind == "duplicate" or not {source, name} <= found.keys() or found[source].tensor is found[name].tensor: continue
@@ -269,8 +310,18 @@ class Loaded(NamedTuple):
 def _names_differ(path, missing, unexpected):
     "Raise, with the names."
     def some(names): return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "nothing"
+    behind = next((name.removesuffix(missing[0]) for name in unexpected if missing and name.endswith(f".{missing[0]}")), "")
+    found = f"; all that is missing is there behind {behind!r}" if {behind + name for name in missing} <= {*unexpected} else ""
     raise ValueError(f"{path}: the same names as in the model are expected; missing: {some(missing)}; "
-                     f"unexpected: {some(unexpected)}; strict=False loads the others")
+                     f"unexpected: {some(unexpected)}{found if behind else ''}; strict=False loads the others")
+
+
+def _warn_of(path, apart):
+    "Warn of ties that only the file has."
+    (a, b), *more = apart
+    warnings.warn(f"{path}: {a} and {b} are one weight in the file and two in the model"
+                  + (f", and {len(more)} more such pairs" if more else "")
+                  + "; restore_ties=True ties them, False leaves them without this warning", stacklevel=3)
 
 # %% ../nbs/02_saving.ipynb #a20ca989
 def load_model(
@@ -280,7 +331,7 @@ def load_model(
     on_conflict: str = "error",  # different numbers for one weight: raise, take the "first" name's, or the "mean"
     device=None,  # where tensors of the meta device are put; None: main memory
     cast: bool = False,  # convert other types of numbers?
-    restore_ties: bool = False,  # make the ties of the file that the model lacks?
+    restore_ties: bool | None = None,  # make the ties that only the file has? None: warn of them
 ) -> Loaded:
     """Load a model's state, all or nothing; the model's Parameters and ties stay, and every name gets its numbers.
 
@@ -288,6 +339,7 @@ def load_model(
     weight; ValueError where file and model do not fit; OSError for no file."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
+    need(restore_ties in (True, False, None), "restore_ties", "True, False or None", restore_ties, TypeError)
     on_meta = any(place.tensor.is_meta for place in places(model).values())
     need(device is None or on_meta, "device", "None for a model that has its memory already (move it by .to)", device)
     if device is not None:
@@ -297,12 +349,10 @@ def load_model(
     file = Checkpoint(path)
     wrong = [Broken((source, name), f"in {path}, {why}", "save it anew") for source, name, why in file.broken]
     if wrong: raise BrokenTie(wrong)
-    with _Whole(model) if restore_ties else nullcontext():
+    with _Whole(model):
         if restore_ties: _restore(model, file)
         plan, unexpected = _plan(model, file, on_conflict, cast)
         if strict and (plan.missing or unexpected): _names_differ(path, plan.missing, unexpected)
         _fill(model, plan, "cpu" if device is None else device)
+    if plan.apart and restore_ties is None: _warn_of(path, plan.apart)
     return Loaded(tuple(plan.missing), tuple(unexpected), find_ties(model))
-
-# %% ../nbs/02_saving.ipynb #deed3a47
-_all_ = ["FileTie", "FileTies", "file_ties", "Dedup", "dedup_file"]

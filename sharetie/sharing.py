@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .errors import match_names
-from .finding import Ties, find_ties, module_paths, places
+from .finding import Ties, _need_shape, find_ties, module_paths, places
 from .making import Declared, declared_ties
-from .making import _aliases, _by, _changeable, _computed, _declare, _matched, _put, _seen, _unbind, _what
+from .making import _aliases, _by, _changeable, _computed, _declare, _matched, _put, _seen, _unbind
+from .making import _unmask, _what
 
 # %% ../nbs/02_sharing.ipynb #71724dbf
 def untie_(
@@ -33,6 +34,7 @@ def untie_(
     if name in computed: _untie_mapped(model, name, *computed[name])
     elif name in found: _untie_tensor(model, found[name], found)
     else: _untie_module(model, name, modules)
+    _unmask_untied(model)
 
 # %% ../nbs/02_sharing.ipynb #42f42523
 def _untie_mapped(model, name, owner, attribute, maps):
@@ -47,6 +49,7 @@ def _untie_mapped(model, name, owner, attribute, maps):
 # %% ../nbs/02_sharing.ipynb #e74a7388
 def _untie_tensor(model, place, found):
     "Give one name a copy of its tensor."
+    _need_shape(place.name, place.tensor)
     same = [p for p in _aliases(found, place.tensor) if p.name != place.name]
     if inside := [p.name for p in same if p.owner is place.owner and p.attribute == place.attribute]:
         raise ValueError(f"name: {place.name!r} is also {inside}, for its module has several names; "
@@ -99,6 +102,26 @@ def _untie_module(model, name, modules):
         first, *others = declared.names
         for own in others if declared.map is None else ():
             if new.get(own) is not new.get(first): _forget(model, first if f"{first}.".startswith(f"{name}.") else own)
+
+# %% ../nbs/02_sharing.ipynb #0b566819
+def _unmask_untied(model):
+    "Take the mask off heads that no embedding is tied to any more."
+    modules = dict.fromkeys(module for _, module in module_paths(model))
+    tables = {id(_root(module)) for module in modules if isinstance(module, nn.Embedding)}
+    for module in modules:
+        if "_padding_mask" in module.__dict__ and id(_root(module)) not in tables: _unmask(module)
+
+
+def _root(layer):
+    "The tensor that a layer's weight is, or is computed from."
+    maps = getattr(layer, "parametrizations", {})
+    return getattr(maps["weight"], "original", None) if "weight" in maps else layer._parameters.get("weight")
+
+
+def _move_mask(old, new):
+    "Let a new head mask the padding logit that the old one masked, unless that is a part of it."
+    if "_padding_mask" in old.__dict__ and "_padding_mask" not in new.__dict__ and old not in {*new.modules()}:
+        new._padding_mask = new.register_forward_hook(old._forward_hooks[old._padding_mask.id])
 
 # %% ../nbs/02_sharing.ipynb #286398cd
 def share_module_(
@@ -180,3 +203,26 @@ def _check_apart(model, names, modules):
                 other = outside[id(place.tensor)]
                 raise ValueError(f"patterns: '{name}.{own}' is tied to {other!r}, which would stay behind; "
                                  "untie_ it first")
+
+# %% ../nbs/02_sharing.ipynb #c1b2dc4b
+def _rename(model, before, labels):
+    "Give the ties declared `before` the new names of their members; what changed is declared on the model."
+    alive, changed = {*model.modules()}, []
+    for path, module in before:
+        kept = []
+        for own in module.__dict__.get("_declared_ties", ()):
+            tie = _renamed(_seen(own, path), labels)
+            if tie == _seen(own, path) and module in alive: kept.append(own)
+            elif len(tie.names) > 1: changed.append(tie)
+        if "_declared_ties" in module.__dict__: module._declared_ties = tuple(kept)
+    for tie in changed: _declare(model, tie)
+
+
+def _renamed(tie, labels):
+    "A declared tie with the new names of its members, less those that left."
+    now = [labels.get(name, (name, tie.kind, None)) for name in tie.names]
+    first, kind, heir = now[0]
+    if tie.map is not None and first is None: first = heir
+    if tie.map is not None and first is None: return tie._replace(names=())
+    names = dict.fromkeys([first, *(name for name, *_ in now[1:])])
+    return tie._replace(names=tuple(name for name in names if name), kind=kind)

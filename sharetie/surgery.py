@@ -15,7 +15,9 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import function, match_names, need, one_of, whole
-from .finding import find_ties, module_paths
+from .finding import _need_shapes, find_ties, module_paths
+from .making import _what, equal_values
+from .sharing import _move_mask, _rename, _unmask_untied
 
 # %% ../nbs/02_surgery.ipynb #02edb971
 class Site(NamedTuple):
@@ -60,7 +62,7 @@ def _label(path, attribute, module):
     layer = outer.removesuffix("parametrizations").rstrip(".")
     return layer, f"{layer}.{weight}".lstrip(".")
 
-# %% ../nbs/02_surgery.ipynb #bbf3c454
+
 def by_tensor(
     found: list[Site],
 ) -> list[list[Site]]:  # one list per tensor
@@ -95,17 +97,17 @@ def apply_once(
     if to == "modules":
         for module in [*model.modules()]: fn(module)
         return model
+    _need_shapes(model)
     groups = by_tensor(sites(model, buffers=to != "parameters"))
     groups = [group for group in groups if to != "buffers" or not isinstance(group[0].tensor, nn.Parameter)]
     with torch.no_grad(): made = [fn(group[0].tensor) for group in groups]
     for group, new in zip(groups, made):
-        fine = new is None or isinstance(new, Tensor)
-        need(fine, f"fn({group[0].names[0]})", "a tensor or None", type(new), TypeError)
+        need(isinstance(new, Tensor | None), f"fn({group[0].names[0]})", "a tensor or None", type(new), TypeError)
     for group, new in zip(groups, made):
         if new is not None and new is not group[0].tensor: _install(group, new)
     return model
 
-# %% ../nbs/02_surgery.ipynb #22ff7b25
+
 def _install(group, new):
     "Give all sites of one tensor its new values, in the same parameter where that is possible."
     old = group[0].tensor
@@ -141,7 +143,7 @@ def choose_modules(
         if isinstance(key, str): hits.update(match_names(modules, key, argument)); continue
         fits = key if not isinstance(key, type) else lambda module: isinstance(module, key)
         found = [name for name, module in modules.items() if fits(module)]
-        need(found, argument, "what fits a module", key)
+        need(found, argument, "a type or function that fits a module", key)
         hits.update(found)
     meant, chosen = {modules[name] for name in hits}, {}
     hits = {name for name, module in modules.items() if module in meant}
@@ -164,8 +166,8 @@ def replace_modules(
 ) -> nn.Module:  # the model
     """Put a new module in the place of each chosen one, under all of its names, and keep the ties.
 
-    The new module gets the old one's mode, and declared ties its names. Raises ValueError where a tie
-    would break, TypeError where `make` returns no module; then the model is as before."""
+    The new module gets the old one's mode and padding mask, and declared ties its names. Raises ValueError where
+    a tie would break, TypeError where `make` returns no module; then the model is as before."""
     one_of(on_conflict, "on_conflict", ("error", "first", "untie"))
     function(make, "make", ["module"])
     chosen = choose_modules(model, which, "which")
@@ -175,11 +177,14 @@ def replace_modules(
     inside = {id(below): (module, path) for module in chosen for path, below in module.named_modules()}
     touched = [group for group in groups if any(id(site.module) in inside for site in group)]
     plans = [_plan(group, inside, new, on_conflict) for group in touched]
+    before = module_paths(model)
     for plan in plans:
         for module, name in plan.joins: _set(module, name, plan.target)
     for module, names in chosen.items():
         for name in names: model.set_submodule(name, new[module])
-    _rename(model, {old: label for plan in plans for old, label in _labels(plan, chosen, new)})
+        _move_mask(module, new[module])
+    _rename(model, before, {old: label for plan in plans for old, label in _labels(plan, chosen, new)})
+    _unmask_untied(model)
     return model
 
 
@@ -195,6 +200,7 @@ class _Plan(NamedTuple):
     inside: list   # (old module, name of the tensor in it, site), for its sites in replaced modules
     target: Tensor | None  # what these will hold; None: nothing in common
     joins: list    # (new module, name) where it must be set
+    heir: str | None = None  # a label that keeps the old tensor, where these leave it
 
 
 def _plan(group, inside, new, on_conflict):
@@ -207,7 +213,7 @@ def _plan(group, inside, new, on_conflict):
     old, outside, fresh = group[0].tensor, len(inside) < len(group), any(t is not None for t in made)
     if id(old) in common: return _Plan(inside, old, [])
     if len(group) == 1: return _Plan(inside, made[0], [])
-    if on_conflict == "untie": return _Plan(inside, None, [])
+    if on_conflict == "untie": return _Plan(inside, None, [], _heir(group, inside))
     if common and not outside and not fresh: return _Plan(inside, next(iter(common.values())), [])
     target = old if outside or on_conflict == "first" else made[0]
     for (_, name, site), tensor in zip(inside, made):
@@ -218,7 +224,17 @@ def _plan(group, inside, new, on_conflict):
                          "lets the tie go")
     return _Plan(inside, target, [(new[module], name) for module, name, _ in inside])
 
-# %% ../nbs/02_surgery.ipynb #0b108a34
+# %% ../nbs/02_surgery.ipynb #5955a650
+def _heir(group, inside):
+    "A label that a tensor keeps when some of its sites leave it; ValueError if only members would be left."
+    leave = [site for *_, site in inside]
+    stay = [site for site in group if site not in leave]
+    source, heir = (next((site.labels[0] for site in own if site.layer is site.module), None) for own in (leave, stay))
+    if stay and heir is None:
+        raise ValueError(f"make: {source} is the source of {[s.labels[0] for s in stay]}; untie_ those members first")
+    return heir
+
+
 def _tensors(module):
     "All tensors of a module by name."
     return {name: site.tensor for site in sites(module, buffers=True) for name in site.names}
@@ -227,46 +243,43 @@ def _tensors(module):
 def _alike(a, b):
     "Whether two tensors could be one but for their values."
     same = a is not None and b is not None and isinstance(a, nn.Parameter) == isinstance(b, nn.Parameter)
-    return same and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return same and _what(a) == _what(b)
 
 
-def _equal(a, b): return a is b or not a.is_meta and torch.equal(a, b)
+def _equal(a, b): return a is b or not a.is_meta and equal_values(a, b)
 
 # %% ../nbs/02_surgery.ipynb #66f44bd4
 def _labels(plan, chosen, new):
-    "The labels of a tensor in replaced modules, each with its new one, or None."
+    "The labels of a tensor in replaced modules, each with (its new one, or None; kind; heir)."
     for module, name, site in plan.inside:
         now = [inner.labels[0] for inner in sites(new[module], buffers=True) if inner.tensor is plan.target]
         own = name if name in now or not now else now[0]
         for path in chosen[module]:
             kind = "parameter" if isinstance(plan.target, nn.Parameter) else "buffer"
             for old in site.labels:
-                if old.startswith(f"{path}."): yield old, (f"{path}.{own}" if now else None, kind)
-
-
-def _rename(model, labels):
-    "Give declared ties the new names of their members, and forget members that left."
-    for path, module in module_paths(model):
-        declared, prefix = module.__dict__.get("_declared_ties", ()), f"{path}." if path else ""
-        kept = []
-        for tie in declared:
-            now = [labels.get(prefix + name, (prefix + name, tie.kind)) for name in tie.names]
-            names = tuple(dict.fromkeys(name.removeprefix(prefix) for name, _ in now if name))
-            if len(names) > 1: kept.append(tie._replace(names=names, kind=now[0][1]))
-        if declared: module._declared_ties = tuple(kept)
+                if old.startswith(f"{path}."): yield old, (f"{path}.{own}" if now else None, kind, plan.heir)
 
 # %% ../nbs/02_surgery.ipynb #7aa1f616
 _SIZES = {
     (nn.Linear, "weight", 0): ("out_features", ("bias", 0)),
     (nn.Linear, "bias", 0): ("out_features", ("weight", 0)),
     (nn.Linear, "weight", 1): ("in_features",),
-    (nn.Embedding, "weight", 0): ("num_embeddings",),
-    (nn.Embedding, "weight", 1): ("embedding_dim",),
-    (nn.EmbeddingBag, "weight", 0): ("num_embeddings",),
-    (nn.EmbeddingBag, "weight", 1): ("embedding_dim",),
+    **{(kind, "weight", axis): (size,) for kind in (nn.Embedding, nn.EmbeddingBag)
+       for axis, size in enumerate(("num_embeddings", "embedding_dim"))},
 }
 
-# %% ../nbs/02_surgery.ipynb #e459c85d
+
+def _checked(rules):
+    "A user's rules; TypeError for what is none."
+    expected = "{(type, weight, axis): (its size's name, (other weight, axis), …)}"
+    need(isinstance(rules, Mapping), "rules", "a dictionary", rules, TypeError)
+    for key, row in rules.items():
+        match key, row:
+            case (type(), str(), int()), (str() | None, *others) if all(isinstance(o, tuple) for o in others): pass
+            case _: need(False, "rules", expected, {key: row}, TypeError)
+    return rules
+
+
 def _rule(site, axis, size, rules):
     "What goes with a length: the name of the size in the layer, and other weights with an axis."
     padding = getattr(site.layer, "padding_idx", None)
@@ -331,20 +344,21 @@ def _grown(tensor, lengths, fill):
         more = new.new_zeros([size - n if i == axis else n for i, n in enumerate(new.shape)])
         if fill == "mean": more += new.mean(axis, keepdim=True)
         elif callable(fill):
-            with torch.no_grad(): fill(more)
+            with torch.no_grad(): made = fill(more)
+            need(made is more or not isinstance(made, Tensor), "fill", "a function that fills its tensor in place", fill)
         new = torch.cat([new, more], axis)
     return new.clone(memory_format=torch.contiguous_format)
 
 # %% ../nbs/02_surgery.ipynb #622978c9
 def _states(optimizer, lengths, found):
     "The states of an optimizer that are resized too: [(state, key, {axis: length})]."
+    need(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "an optimizer of torch", optimizer, TypeError)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = {id(site.tensor): site.labels[0] for site in reversed(found)}
     states = []
     for tensor, new in lengths:
         name, mine = names[id(tensor)], optimizer.state.get(tensor, {})
-        fine = id(tensor) in held or not tensor.requires_grad
-        need(fine, "optimizer", f"one that holds {name}", type(optimizer))
+        need(id(tensor) in held or not tensor.requires_grad, "optimizer", f"one that holds {name}", type(optimizer))
         for key, value in mine.items():
             if not isinstance(value, Tensor) or not value.ndim: continue
             had, has = tuple(tensor.shape), tuple(value.shape)
@@ -368,12 +382,13 @@ def resize_(
     get zeros. Raises ValueError for a layer without a rule, lengths that contradict, an optimizer
     that lacks a parameter, and changes nothing then. The mean as a start: Hewitt (2021)."""
     no_views(model, "resize_")
-    rules, found = {**_SIZES, **(rules or {})}, sites(model)
+    _need_shapes(model)
+    rules, found = {**_SIZES, **_checked(rules or {})}, sites(model)
     labels = {label: site for site in found for label in (*site.labels, *site.names)}
     site = labels[match_names(labels, name, "name", one=True)[0]]
     axis = whole(axis, "axis", -site.tensor.ndim, site.tensor.ndim - 1) % site.tensor.ndim
-    fine = callable(fill) or fill in ("mean", "zeros")
-    need(fine, "fill", "'mean', 'zeros' or a function of a tensor", fill)
+    if callable(fill): function(fill, "fill", ["rows"])
+    else: need(isinstance(fill, str) and fill in ("mean", "zeros"), "fill", "'mean', 'zeros' or a function of a tensor", fill)
     lengths, named = _spread(found, site, axis, whole(size, "size", 1), rules)
     states = [] if optimizer is None else _states(optimizer, lengths, found)
     fills = {True: fill, False: fill if fill == "mean" else "zeros"}

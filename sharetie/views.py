@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .errors import need
+from .errors import need, real, whole
 
 # %% ../nbs/02_views.ipynb #d2dfa529
 class Map(nn.Module):
@@ -29,9 +29,8 @@ class Transpose(Map):
         *axes: int,  # the source's axes in the member's order; none: reversed
     ):
         super().__init__()
-        fine = sorted(axes) == list(range(len(axes)))
-        need(fine, "axes", "every axis once (such as 0, 2, 1)", axes)
-        self.axes = tuple(axes)
+        self.axes = tuple(whole(axis, "axes", low=0) for axis in axes)
+        need(sorted(self.axes) == list(range(len(axes))), "axes", "every axis once (such as 0, 2, 1)", axes)
 
     def _order(self, tensor): return self.axes or tuple(reversed(range(tensor.ndim)))
     def forward(self, source): return source.permute(self._order(source))
@@ -43,6 +42,13 @@ class Transpose(Map):
     def extra_repr(self): return ", ".join(map(str, self.axes))
 
 # %% ../nbs/02_views.ipynb #eaaf9a57
+def _shape(value, argument, low):
+    "A shape as a tuple; errors for anything else."
+    fine = isinstance(value, Iterable) and not isinstance(value, (str, Tensor))
+    need(fine, argument, "a list of whole numbers", value, TypeError)
+    return tuple(whole(n, argument, low=low) for n in value)
+
+# %% ../nbs/02_views.ipynb #aeae6e93
 class Reshape(Map):
     "The source's elements in another shape."
     def __init__(self,
@@ -50,7 +56,9 @@ class Reshape(Map):
         source: Iterable[int] | None = None,  # the source's shape, for the way back
     ):
         super().__init__()
-        self.shape, self.source = tuple(shape), None if source is None else tuple(source)
+        self.shape = _shape(shape, "shape", low=-1)
+        self.source = None if source is None else _shape(source, "source", low=0)
+        need(self.shape.count(-1) < 2, "shape", "-1 at most once", self.shape)
 
     def forward(self, source): return source.reshape(self.shape)
 
@@ -67,22 +75,22 @@ class Scale(Map):
         factor: float,  # finite, not 0
     ):
         super().__init__()
-        need(math.isfinite(factor) and factor != 0, "factor", "a finite number other than 0", factor)
-        self.factor = factor
+        need(real(factor, "factor") != 0, "factor", "a finite number other than 0", factor)
+        self.factor = factor if isinstance(factor, int) else float(factor)
 
     def forward(self, source): return source * self.factor
     def inverse(self, member): return member / self.factor
     def extra_repr(self): return str(self.factor)
 
-# %% ../nbs/02_views.ipynb #2e854f36
+# %% ../nbs/02_views.ipynb #1b0e87ca
 class Slice(Map):
     "A part of the source, as `source[index]` gives it; what is left out has no way back."
     def __init__(self,
         *index: slice | int,  # one per axis, further axes whole; start, stop, step
     ):
         super().__init__()
-        fine = bool(index) and all(type(i) is int or isinstance(i, slice) for i in index)
-        need(fine, "index", "slices and whole numbers", index, TypeError)
+        fine = index and all(map(_is_index, index))
+        need(fine, "index", "a whole number or a forward slice per axis", index, TypeError)
         self.index = index
 
     def forward(self, source): return source[self.index]
@@ -93,6 +101,12 @@ class Slice(Map):
             parts = (i.start, i.stop) if i.step in (None, 1) else (i.start, i.stop, i.step)
             return ":".join("" if n is None else str(n) for n in parts)
         return f"[{', '.join(map(text, self.index))}]"
+
+
+def _is_index(i):
+    "Is it a whole number, or a slice between whole numbers that goes forward?"
+    if not isinstance(i, slice): return type(i) is int
+    return {type(i.start), type(i.stop), type(i.step)} <= {int, type(None)} and (i.step is None or i.step > 0)
 
 # %% ../nbs/02_views.ipynb #a52df28a
 def _lattice(tensor, unit):

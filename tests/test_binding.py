@@ -16,6 +16,10 @@ from sharetie.finding import places
 PAIR = ["emb.weight", "head.weight"]
 
 
+@pytest.fixture(autouse=True)
+def seeded(): torch.manual_seed(0)
+
+
 class Words(nn.Module):
     def __init__(self, words=6, width=4):
         super().__init__()
@@ -170,7 +174,13 @@ def test_row_7_what_no_optimizer_steps():
     model = tied()
     optimizer = torch.optim.Adam(model.parameters())
     untie_(model, "head.weight")
-    refuses(model, lambda: check_ties(model, optimizer), "head.weight: trained, but in no optimizer")
+    error = refuses(model, lambda: check_ties(model, optimizer), "head.weight: trained, but in no optimizer")
+    assert error.broken[0].names == ("head.weight",)
+    other = torch.optim.Adam([model.head.weight])
+    error = refuses(model, lambda: check_ties(model, other), "emb.weight, back.weight, back.bias: trained, but in no optimizer; make the optimizer anew, freeze them")
+    assert error.broken[0].names == ("emb.weight", "back.weight", "back.bias")
+    many = nn.Sequential(*(nn.Linear(1, 1) for _ in range(10)))
+    with pytest.raises(BrokenTie, match="0.weight, 0.bias, 1.weight, 1.bias, 2.weight and 11 more: trained"): check_ties(many, torch.optim.SGD([*many[8].parameters(), *many[9].parameters()], .1))
     check_ties(model, optimizer, complete=False)
     check_ties(model, [optimizer, torch.optim.SGD([model.head.weight], lr=.1)])
     model.head.requires_grad_(False)
@@ -292,6 +302,108 @@ def test_mean_of_three():
     assert torch.allclose(model[2].weight, value + 3) and model[1].weight is model[0].weight
 
 
+def weights(*values):
+    "Linears of one number each, on two levels: those of `part`, and the last one beside it."
+    layers = [nn.Linear(1, 1, bias=False) for _ in values]
+    for layer, value in zip(layers, values): nn.init.constant_(layer.weight, value)
+    return nn.ModuleDict({"part": nn.ModuleList(layers[:-1]), "more": layers[-1]})
+
+
+def tear(model, *values):
+    for layer, value in zip([*model.part, model.more], values): layer.weight = nn.Parameter(torch.full((1, 1), float(value)))
+    return model
+
+
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("first", ["more", "part"])
+def test_one_mean_over_declarations_on_two_levels(at, first):
+    model = weights(0, 0, 0)
+    tie_(model.part, ["0.weight", "1.weight"])
+    names = [f"part.{at}.weight", "more.weight"]
+    tie_(model, names if first == "part" else names[::-1])
+    tear(model, 1, 4, 10)
+    retie_(model, "mean")
+    assert model.more.weight is model.part[0].weight is model.part[1].weight and model.more.weight.item() == 5
+
+
+def test_the_first_over_two_levels_is_that_of_the_whole():
+    model = weights(0, 0, 0)
+    tie_(model.part, ["0.weight", "1.weight"])
+    tie_(model, ["more.weight", "part.1.weight"])
+    retie_(tear(model, 1, 4, 10), "first")
+    assert model.part[0].weight is model.part[1].weight is model.more.weight and model.more.weight.item() == 10
+
+
+def test_one_mean_through_maps_and_shared_modules():
+    model = weights(0, 0, 0, 0)
+    tie_(model.part, ["0.weight", "1.weight"])
+    tie_(model, ["part.1.weight", "more.weight"], map=Scale(2.))
+    share_module_(model, ["part.0", "part.2"])
+    model.part[2] = nn.Linear(1, 1, bias=False)
+    parametrize.remove_parametrizations(model.more, "weight")
+    tear(model, 1, 2, 3, 20)
+    retie_(model, "mean")
+    assert model.part[0] is model.part[2] and model.part[1].weight is model.part[0].weight
+    assert model.part[0].weight.item() == 4 and model.more.weight.item() == 8, "(1 + 2 + 3 + 20/2) / 4"
+
+
+def test_a_place_with_two_names_counts_once_in_a_mean():
+    model = weights(0, 0, 0)
+    tie_(model.part, ["0.weight", "1.weight"])
+    model.twin = model.part
+    tie_(model, ["twin.1.weight", "more.weight"])
+    retie_(tear(model, 1, 4, 10), "mean")
+    assert model.more.weight.item() == 5 and check_ties(model)
+
+
+def test_the_mean_leaves_whole_numbers_that_agree():
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+    share_module_(model, "*")
+    model[1] = copy.deepcopy(model[1])
+    nn.init.constant_(model[1].weight, 3)
+    retie_(model, "mean")
+    assert model[1] is model[0] and (model[0].weight == 2).all()
+    model[1] = copy.deepcopy(model[1])
+    model[1].num_batches_tracked += 1
+    refuses(model, lambda: retie_(model, "mean"), "on_conflict: 'error' or 'first' for torch.int64", ValueError)
+
+
+def test_a_module_that_differs_is_told():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    share_module_(model, "*")
+    model[1] = nn.Linear(2, 2)
+    refuses(model, lambda: check_ties(model), "other modules than '0' are .'1'.; retie_.model, on_conflict='first'. keeps the first's values, 'mean' takes the mean")
+    model[1] = nn.Linear(2, 3)
+    refuses(model, lambda: retie_(model, "first"), "'0' and '1' differ in settings.*; put a module like the first there")
+
+
+def test_lazy_members_that_parted_are_told():
+    model = nn.Sequential(nn.LazyLinear(2), nn.LazyLinear(2))
+    share_module_(model, "*")
+    model[1] = nn.LazyLinear(2)
+    with pytest.raises(BrokenTie, match="other modules than '0' are .'1'.; retie_.model. puts the first there"): check_ties(model)
+    retie_(model)
+    assert model[0] is model[1]
+    keep = nn.ModuleDict({"a": nn.LazyLinear(2, bias=False), "b": nn.LazyLinear(2, bias=False)})
+    keep.b.weight = keep.a.weight
+    keep_ties(keep)
+    keep.b.weight = nn.LazyLinear(2).weight
+    with pytest.raises(BrokenTie, match="'b.weight' is another tensor, and has no shape yet"): check_ties(keep)
+    retie_(keep, "mean")
+    assert keep.a.weight is keep.b.weight
+    keep.b = nn.Linear(3, 2, bias=False)
+    with pytest.raises(BrokenTie, match="has shape .2, 3. and not None"): retie_(keep, "mean")
+
+
+def test_a_map_that_does_not_fit_any_more_is_told():
+    model = nn.ModuleDict({"a": nn.Linear(2, 4, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    tie_(model, ["a.weight", "b.weight"], map=Slice(slice(0, 2), slice(0, 2)))
+    parametrize.remove_parametrizations(model.b, "weight")
+    model.a.weight = nn.Parameter(torch.ones(3))
+    for call in (check_ties, retie_, lambda m: retie_(m, "first")):
+        refuses(model, lambda: call(model), r"'b.weight' cannot be Slice.* of what is there now")
+
+
 def test_a_member_with_values_fills_a_source_without():
     model = tied()
     value = model.head.weight.detach().clone()
@@ -314,7 +426,8 @@ def test_a_mapped_member_is_bound_again():
     model.back.weight = nn.Parameter(value + 2)
     refuses(model, lambda: retie_(model), "'back.weight' differs by up to 2")
     retie_(model, "mean")
-    assert torch.allclose(model.back.weight, value + 1, atol=1e-6) and torch.allclose(model.head.weight, value.t() + 1, atol=1e-6)
+    assert torch.allclose(model.back.weight, value + 2 / 3, atol=1e-6), "of three members one was moved by 2"
+    assert torch.allclose(model.head.weight, value.t() + 2 / 3, atol=1e-6)
 
 
 def test_the_mean_through_a_map_without_inverse_is_refused():
@@ -595,6 +708,30 @@ def test_row_3_a_prefix_before_the_names():
     check_ties(model)
 
 
+@pytest.mark.parametrize("keep", [lambda m: m, keep_ties, lambda m: keep_ties(m, "first")], ids=["declared", "kept", "by a policy"])
+def test_row_3_a_whole_with_a_tie_asks_its_parts_before_anything_is_loaded(keep):
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "part": keep(tied()), "b": nn.Linear(2, 2)})
+    tie_(model, ["a.bias", "b.bias"])
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    state["part.head.weight"] = state["part.head.weight"] + 1
+    if getattr(model.part.__dict__.get("_apply"), "on_conflict", "error") == "error":
+        refuses(model, lambda: model.load_state_dict(state), "part.head.weight", ValueError)
+    else:
+        model.load_state_dict(state)
+        assert torch.equal(model.part.head.weight, state["part.emb.weight"])
+    state["b.bias"] = state["b.bias"] + 1
+    refuses(model, lambda: model.load_state_dict(state), "a.bias|part.head", ValueError)
+
+
+def test_row_3_without_one_a_part_is_asked_when_its_turn_comes():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "part": tied()})
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    state["part.head.weight"] = state["part.head.weight"] + 1
+    part = copy.deepcopy(model.part.state_dict())
+    with pytest.raises(ValueError, match="one value for the tie"): model.load_state_dict(state)
+    assert torch.equal(model.a.weight, state["a.weight"]) and torch.equal(model.part.emb.weight, part["emb.weight"]), "as keep_ties says"
+
+
 def test_a_broken_model_does_not_load():
     model = keep_ties(tied())
     model.head.weight = nn.Parameter(torch.zeros(6, 4))
@@ -678,7 +815,7 @@ def test_row_5_fsdp2_keeps_ties(tmp_path):
         optimizer.step()
         check_ties(model, optimizer)
         assert torch.allclose(model.emb.weight.full_tensor(), source.emb.weight - .1 * source.emb.weight.grad, atol=1e-6)
-        torn = dict(state) | {"head.weight": state["head.weight"] + 1}
+        torn = dict(model.state_dict()) | {"head.weight": model.head.weight.detach() + 1}
         with pytest.raises(BrokenTie, match="differs by up to 1"): model.load_state_dict(torn)
     finally: dist.destroy_process_group()
 

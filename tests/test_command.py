@@ -92,9 +92,18 @@ def test_dedup(folder):
 def test_dedup_replaces_only_by_force(folder):
     before = (folder / "model.safetensors").read_bytes()
     done = run("dedup", "model.safetensors", "model.safetensors")
-    assert done.exit_code == 2 and "exists" in done.output and (folder / "model.safetensors").read_bytes() == before
+    assert done.exit_code == 2 and "this one exists; --force replaces it" in done.output and "True" not in done.output and (folder / "model.safetensors").read_bytes() == before
     done = run("dedup", "model.safetensors", "model.safetensors", "--force", "--json")
     assert done.exit_code == 0 and json.loads(done.output)["names"] == ["ones", "w"] and len(load_file("model.safetensors")) == 3
+
+
+def test_what_was_stored_once_is_a_duplicate(folder):
+    run("dedup", "model.safetensors", "new.safetensors")
+    done = run("ties", "new.safetensors")
+    assert done.exit_code == 0 and [line.split()[0] for line in done.output.splitlines()[1:]] == ["duplicate"] * 2 and "can be saved" not in done.output
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3}, "nested.pt")
+    done = run("dedup", "nested.pt", "other")
+    assert done.exit_code == 2 and done.output.startswith("Error: nested.pt: a file of tensors only is expected, got also epoch; save its state dict by itself")
 
 
 def test_help_and_version():

@@ -153,7 +153,7 @@ def test_torch_files(tmp_path):
     torch.save({"model": {"a": w, "b": w, "t": w.T}, "list": [w.clone()], "step": 3}, tmp_path / "model.pt")
     assert set(rows(file_ties(tmp_path / "model.pt"))) == {
         ("memory", ("model.a", "model.b"), "same"), ("memory", ("model.a", "model.t"), "transposed"), ("duplicate", ("model.a", "list.0"), "same")}
-    with pytest.raises(ValueError, match="model.pt: step of 1 are no tensors"): dedup_file(tmp_path / "model.pt", tmp_path / "new")
+    with pytest.raises(ValueError, match="model.pt: a file of tensors only is expected, got also step; save its state dict"): dedup_file(tmp_path / "model.pt", tmp_path / "new")
     torch.save({"a": w, "t": w.T}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     dedup_file(tmp_path / "old.pt", tmp_path / "new")
     assert list(load_file(tmp_path / "new")) == ["a"] and torch.equal(Checkpoint(tmp_path / "new")["t"], w.T)
@@ -238,6 +238,30 @@ def test_a_file_that_contradicts_itself_is_left_alone(tmp_path):
     assert rows(report) == [("broken", ("a", "b"), "it is stored with other numbers than a gives")] and report.broken == report
     with pytest.raises(BrokenTie, match="a = b: .*other numbers"): dedup_file(tmp_path / "model", tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_stored_once_is_a_duplicate_and_no_tie(tmp_path):
+    save_file(tensors(), tmp_path / "model")
+    dedup_file(tmp_path / "model", tmp_path / "once")
+    report = file_ties(tmp_path / "once")
+    assert {row.kind for row in report} == {"duplicate"} and report.saved == 0 and repr(report).count("stored once") == len(report)
+    save_file({"a": torch.ones(2)}, tmp_path / "tied", tie_metadata({"b": Derived("a")}))
+    assert [row.kind for row in file_ties(tmp_path / "tied")] == ["tie"] and "stored once" not in repr(file_ties(tmp_path / "tied"))
+
+
+def test_a_nested_checkpoint_says_what_to_do(tmp_path):
+    torch.save({"model": {"w": torch.ones(2)}, "epoch": 3, "steps": [1, 2]}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="model.pt: a file of tensors only is expected, got also epoch, steps.0, steps.1; save its state dict by itself"):
+        dedup_file(tmp_path / "model.pt", tmp_path / "new")
+    torch.save({"w": torch.ones(2)} | {f"n{i}": i for i in range(9)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="got also n0, n1, n2 and 6 more; save"): dedup_file(tmp_path / "model.pt", tmp_path / "new")
+
+
+def test_shared_modules_are_still_noted(tmp_path):
+    from sharetie.saving import save_model
+    save_model(nn.Sequential(*[nn.Linear(2, 2)] * 2), tmp_path / "model")
+    dedup_file(tmp_path / "model", tmp_path / "once")
+    assert Checkpoint(tmp_path / "once").modules == Checkpoint(tmp_path / "model").modules == [["0", "1"]]
 
 
 def test_broken_rows_come_first(tmp_path):

@@ -292,8 +292,12 @@ def test_maps_do_what_they_say_and_survive_copies(map, expected):
 
 @pytest.mark.parametrize("make, message", [
     (lambda: Transpose(0, 2), "axes: every axis once"), (lambda: Scale(0), "factor: a finite number"),
-    (lambda: Scale(float("nan")), "factor: a finite number"), (lambda: Slice(), "index: slices and whole numbers"),
-    (lambda: Slice(True), "index: slices"), (lambda: Reshape((4,)).inverse(torch.ones(4)), "source: the source's shape"),
+    (lambda: Scale(float("nan")), "factor: a finite number"), (lambda: Slice(), "index: a whole number or a forward slice per axis is expected"),
+    (lambda: Slice(True), "index: a whole number"), (lambda: Slice(slice(0, 4, -1)), "index: a whole number or a forward slice"), (lambda: Slice(slice("a")), "index: a whole number"),
+    (lambda: Scale("a"), "^factor: a number is expected, got 'a'$"), (lambda: Scale(True), "^factor: a number is expected, got True$"), (lambda: Scale(None), "^factor: a number"),
+    (lambda: Scale(torch.ones(2)), "^factor: a number"), (lambda: Reshape(5), "^shape: a list of whole numbers is expected, got 5$"), (lambda: Reshape("ab"), "^shape: a list of whole numbers"),
+    (lambda: Reshape((-1, -1)), r"^shape: -1 at most once is expected, got \(-1, -1\)$"), (lambda: Reshape((-2,)), "^shape: a whole number of at least -1"),
+    (lambda: Reshape((4,), source=5), "^source: a list of whole numbers"), (lambda: Transpose([1, 0]), "^axes: a whole number is expected"), (lambda: Transpose("a", 1), "^axes: a whole number"), (lambda: Reshape((4,)).inverse(torch.ones(4)), "source: the source's shape"),
 ])
 def test_bad_maps_raise(make, message):
     with pytest.raises((ValueError, TypeError), match=message): make()
@@ -337,10 +341,11 @@ def test_view_map_gives_any_slice_back(draw):
 
 def test_ties_are_a_tuple_that_is_asked_by_name():
     w, v = parameter(2, 2), parameter(3)
-    ties = find_ties(model_of(a=w, b=w, c=v, d=v))
-    assert isinstance(ties, tuple) and isinstance(ties[:1], Ties) and ties[1] is ties["d"] and len(ties) == 2
+    ties = find_ties(model_of(a=w, b=w, c=v, dee=v))
+    assert isinstance(ties, tuple) and isinstance(ties[:1], Ties) and ties[1] is ties["dee"] and len(ties) == 2
     assert "a" in ties and "x" not in ties and ties[0] in ties
-    with pytest.raises(KeyError, match="'e' is in no tie; the nearest name is"): ties["e"]
+    with pytest.raises(KeyError, match="'dees' is in no tie; the nearest name is 'dee'"): ties["dees"]
+    with pytest.raises(KeyError, match="'xyz' is in no tie\"$"): ties["xyz"]
     with pytest.raises(KeyError, match="'e' is in no tie"): find_ties(nn.Linear(1, 1))["e"]
 
 

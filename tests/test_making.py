@@ -37,6 +37,7 @@ def state(model):
 
 
 def flip(w): return w.flip(0)
+def broken_map(w): return 1 / 0
 def exponential(w): return torch.matrix_exp(w - w.t())
 
 
@@ -212,6 +213,17 @@ def test_one_map_for_several_members_and_two_maps_from_one_source():
     assert [d.names for d in declared_ties(model)] == [("0.weight", "1.weight", "2.weight"), ("0.weight", "3.weight")]
 
 
+def test_a_mapped_buffer_is_saved_as_before():
+    for saved in (True, False):
+        model = nn.Module()
+        model.register_buffer("a", torch.ones(2))
+        model.register_buffer("b", torch.ones(2), persistent=saved)
+        tie_(model, ["a", "b"], map=Scale(2.))
+        assert [*model.state_dict()] == ["a", "parametrizations.b.original"][:1 + saved]
+        untie_(model, "b")
+        assert [*model.state_dict()] == ["a", "b"][:1 + saved] and torch.equal(model.b, torch.full((2,), 2.))
+
+
 def test_mapped_buffers():
     model = Words()
     tie_(model, ["norm.running_mean", "other_norm.running_mean"], map=Scale(3))
@@ -255,6 +267,39 @@ def test_row_19_padding_is_warned_of_trained_or_masked():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tie_(Words(padding_idx=0), PAIR, padding="train")
+
+
+def masked(**options):
+    model = Words(padding_idx=0)
+    tie_(model, PAIR, padding="mask", **options)
+    return model
+
+
+def test_row_19_the_mask_is_put_on_once_and_goes_with_the_tie():
+    x = torch.tensor([1, 2])
+    model = masked()
+    tie_(model, PAIR, padding="mask")
+    assert len(model.head._forward_hooks) == 1
+    for how in (lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        for name in PAIR:
+            own = how(masked())
+            untie_(own, name)
+            assert not own.head._forward_hooks and own(x).isfinite().all()
+    for name in PAIR[1:]:
+        own = masked(map=Scale(2.))
+        assert own(x)[:, 0].eq(-torch.inf).all()
+        untie_(own, name)
+        assert not own.head._forward_hooks and own(x).isfinite().all()
+
+
+def test_row_19_the_mask_stays_while_an_embedding_is_tied():
+    model = masked()
+    model.twin = nn.Linear(4, 6, bias=False)
+    with pytest.warns(UserWarning, match="padding_idx"): tie_(model, [*PAIR, "twin.weight"])
+    untie_(model, "twin.weight")
+    assert len(model.head._forward_hooks) == 1 and not model.twin._forward_hooks
+    tie_(model, PAIR, padding="train")
+    assert not model.head._forward_hooks, "the row is trained, it was said"
 
 
 def test_row_19_max_norm_and_sparse_are_warned_of():
@@ -309,8 +354,8 @@ REFUSED = {
     "a pattern for nothing": (as_is, ["layers.*.weight"], {}, ValueError, r"members: 'layers\.\*\.weight' matches none"),
     "one member": (as_is, ["emb.weight"], {}, ValueError, "members: two names or more are expected, got .*emb.weight"),
     "no member": (as_is, [], {}, ValueError, "members: two names or more"),
-    "no names": (as_is, 3, {}, TypeError, "members: names and patterns"),
-    "a tensor": (as_is, torch.ones(2), {}, TypeError, "members: names and patterns"),
+    "no names": (as_is, 3, {}, TypeError, "members: a list of names or patterns is expected, got 3"),
+    "a tensor": (as_is, torch.ones(2), {}, TypeError, "members: a list of names or patterns is expected, got Tensor"),
     "tensors": (as_is, [torch.ones(2)], {}, TypeError, "members: a name or pattern"),
     "itself": (as_is, ["emb.weight", "emb.weight"], {}, ValueError, "members: 'emb.weight' is named twice"),
     "two shapes": (as_is, ["emb.weight", "norm.weight"], {}, ValueError, r"'emb.weight' has shape \(6, 4\), 'norm.weight' has shape \(4,\); a map"),
@@ -318,6 +363,15 @@ REFUSED = {
     "two types": (lambda m: m.head.double(), PAIR, {}, ValueError, "dtype torch.float32, 'head.weight' has dtype torch.float64"),
     "two devices": (lambda m: m.head.to("meta"), PAIR, {}, ValueError, "device cpu, 'head.weight' has device meta"),
     "no map": (as_is, PAIR, {"map": 3}, TypeError, "map: a function of the source"),
+    "a class as map": (as_is, PAIR, {"map": Transpose}, TypeError, r"map: a function of the source, or a module such as Transpose\(\), is expected, got Transpose"),
+    "a map that raises": (as_is, PAIR, {"map": broken_map}, ValueError, r"map: one that fits 'emb.weight' \(Parameter of float32, shape \(6, 4\)\) is expected, got Function\(broken_map\), which raises ZeroDivisionError"),
+    "a slice beyond the end": (as_is, PAIR, {"map": Slice(10)}, ValueError, r"map: one that fits .* got Slice\(\[10\]\), which raises IndexError"),
+    "a map that takes nothing": (as_is, PAIR, {"map": lambda: 3}, ValueError, "map: one that fits .* which raises TypeError"),
+    "a map that writes": (as_is, PAIR, {"map": lambda w: w.mul_(2)}, ValueError, r"map: a function that does not write to the source is expected, got Function"),
+    "a map of no axis": (as_is, PAIR, {"map": Transpose(0, 2, 1)}, ValueError, "map: one that fits"),
+    "trained as text": (as_is, PAIR, {"trained": "yes"}, TypeError, "trained: True, False or None is expected, got 'yes'"),
+    "trained as number": (as_is, PAIR, {"trained": 1}, TypeError, "trained: True, False or None is expected, got 1"),
+    "trained buffers": (as_is, ["norm.running_mean", "other_norm.running_mean"], {"trained": True}, ValueError, "trained: None for buffers is expected, got True"),
     "a map to another shape": (as_is, PAIR, {"map": Transpose()}, ValueError, r"'emb.weight' has shape \(4, 6\) after Transpose\(\)"),
     "a map to another type": (as_is, PAIR, {"map": torch.Tensor.double}, ValueError, "dtype torch.float64 after Function"),
     "a map to no tensor": (as_is, PAIR, {"map": torch.Tensor.tolist}, TypeError, "map: a function from 'emb.weight' to a tensor is expected, got list"),
@@ -329,6 +383,9 @@ REFUSED = {
     "a cycle through a map": (lambda m: tie_(m, ["emb.weight", "back.weight"], map=Transpose()), ["head.weight", "emb.weight"], {"map": Scale(2.)}, ValueError, "a chain or a cycle of ties"),
     "a member with another name": (lambda m: (m.register_module("twin", nn.Linear(4, 6)), setattr(m.twin, "weight", m.head.weight)), PAIR, {"map": Scale(2.)}, ValueError, "is tied to .*twin.weight.*name them as members too"),
     "padding without": (as_is, PAIR, {"padding": "mask"}, ValueError, "padding='mask': a tie of embeddings with one padding_idx"),
+    "padding to train without": (as_is, PAIR, {"padding": "train"}, ValueError, "padding='train': a tie of an embedding with padding_idx is expected, got \\['emb.weight', 'head.weight'\\]"),
+    "padding to train of no embedding": (as_is, ["norm.weight", "other_norm.weight"], {"padding": "train"}, ValueError, "padding='train': a tie of an embedding"),
+    "padding through a transpose": (lambda m: (setattr(m, "emb", nn.Embedding(4, 6, padding_idx=0))), PAIR, {"map": Transpose(), "padding": "mask"}, ValueError, r"padding='mask': no map, or Scale, is expected, got Transpose\(\)"),
     "padding misspelt": (as_is, PAIR, {"padding": "masked"}, ValueError, "padding: one of .*did you mean 'mask'"),
 }
 
@@ -343,6 +400,22 @@ def test_tie_refuses_before_anything_changes(prepare, members, options, error, m
     before = state(model)
     with pytest.raises(error, match=message): tie_(model, members, **options)
     assert state(model) == before
+
+
+def test_lazy_modules_are_named():
+    def lazy(*names):
+        model = Words()
+        for name in names: model.register_module(name, nn.LazyLinear(6, bias=False))
+        return model
+    says = "lazy.weight: a tensor with a shape is expected, got one of a lazy module; call the model once first"
+    for names, options in ((["emb.weight", "lazy.weight"], {}), (["lazy.weight", "emb.weight"], {}), (["lazy.weight", "l.weight"], {"map": Scale(2.)})):
+        with pytest.raises(ValueError, match=says): tie_(lazy("lazy", "l"), names, **options)
+    model = lazy("lazy", "l")
+    model.l.weight = model.lazy.weight
+    with pytest.raises(ValueError, match=says): untie_(model, "lazy.weight")
+    model.lazy(torch.ones(1, 4))
+    untie_(model, "lazy.weight")
+    assert tie_(model, ["emb.weight", "lazy.weight"])
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -28,6 +28,9 @@ from sharetie.finding import Reshape, Scale, Slice, Transpose, find_ties
 from sharetie.saving import load_model, save_model
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*are one weight in the file and two in the model")
+
+
 class Tiny(nn.Module):
     "An embedding, a layer, and a head."
     def __init__(self, words=12, width=4):
@@ -582,6 +585,133 @@ def test_modules_with_a_way_of_their_own_are_asked(tmp_path):
     model = Renamed(2, 2, bias=False)
     save_file({"old": torch.ones(2, 2)}, tmp_path / "model")
     with pytest.raises(ValueError, match="missing: weight; unexpected: old"): load_model(model, tmp_path / "model")
+
+
+class Halfway(nn.Linear):
+    "A layer that loads in a way of its own, and may not get to the end of it."
+    def _load_from_state_dict(self, state, prefix, *args):
+        super()._load_from_state_dict(state, prefix, *args)
+        self.loaded = nn.Parameter(torch.ones(1))
+        raise KeyError("halfway")
+
+
+class Complains(nn.Linear):
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        errors.append("no, not like this")
+
+
+def raising_hook(*_): raise RuntimeError("hook")
+
+
+@pytest.mark.parametrize("spoil, error", [
+    (lambda m: m.append(Halfway(2, 2)), KeyError), (lambda m: m.append(Complains(2, 2)), RuntimeError),
+    (lambda m: m[1].register_load_state_dict_pre_hook(raising_hook), RuntimeError),
+    (lambda m: m[1].register_load_state_dict_post_hook(raising_hook), RuntimeError)], ids=["raises", "complains", "hook before", "hook after"])
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_module_that_fails_halfway_leaves_the_model_as_it_was(spoil, error, restore, tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    spoil(model)
+    saved = copy.deepcopy(model)
+    for p in saved.parameters(): nn.init.constant_(p, 7)
+    saved[0].weight = saved[1].weight
+    save_model(saved, tmp_path / "model")
+    before, held = values(model), dict(model.named_parameters())
+    with pytest.raises(error): load_model(model, tmp_path / "model", restore_ties=restore)
+    assert same(values(model), before) and all(held[name] is p for name, p in model.named_parameters()) and not find_ties(model)
+
+
+def test_models_without_loading_code_need_no_second_copy():
+    from sharetie.saving import _loads_itself
+    assert not any(map(_loads_itself, (keep_ties(tiny()), buffers(), cross_layer(), by_transpose(), nn.LSTM(2, 2), nn.MultiheadAttention(2, 1))))
+    assert _loads_itself(nn.Sequential(Halfway(2, 2)))
+
+
+def test_a_mapped_tie_of_buffers_that_are_not_saved(tmp_path):
+    def build(a, b, seed):
+        torch.manual_seed(seed)
+        model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+        model.a.register_buffer("t", torch.randn(2), persistent=a)
+        model.b.register_buffer("t", torch.randn(2), persistent=b)
+        tie_(model, ["a.t", "b.t"], map=Scale(2.))
+        return model
+    for a in (True, False):
+        for b in (True, False):
+            save_model(build(a, b, 0), tmp_path / "model")
+            model = build(a, b, 1)
+            load_model(model, tmp_path / "model")
+            assert same(values(model), values(build(a, b, 0))) and torch.equal(model.b.t, 2 * model.a.t)
+            assert torch.equal(model.a.t, build(a, b, 0).a.t) == (a or b), "saved if one of them is"
+
+
+def test_a_tied_file_in_an_untied_model_is_told_once(tmp_path, recwarn):
+    save_model(tiny(), tmp_path / "model")
+    with pytest.warns(UserWarning, match="embed.weight and head.weight are one weight in the file and two in the model; restore_ties=True") as told:
+        load_model(tiny(tied=False), tmp_path / "model")
+    assert len(told) == 1 and told[0].filename == __file__
+    torch.save(tiny().state_dict(), tmp_path / "torch")
+    with pytest.warns(UserWarning, match="restore_ties=True"): load_model(tiny(tied=False), tmp_path / "torch")
+    their_save(tiny(), tmp_path / "theirs")
+    with pytest.warns(UserWarning, match="restore_ties=True"): load_model(tiny(tied=False), tmp_path / "theirs")
+    save_model(by_scale(), tmp_path / "mapped")
+    with pytest.warns(UserWarning, match="0.weight and 1.weight are one"): load_model(untied(by_scale()), tmp_path / "mapped")
+    recwarn.clear()
+    load_model(tiny(), tmp_path / "model")
+    load_model(by_scale(), tmp_path / "mapped")
+    with torch.device("meta"): load_model(tiny(), tmp_path / "model")
+    for restore in (True, False): load_model(tiny(tied=False), tmp_path / "model", restore_ties=restore)
+    assert not recwarn.list
+    with pytest.raises(TypeError, match="restore_ties: True, False or None is expected, got 'yes'"): load_model(tiny(), tmp_path / "model", restore_ties="yes")
+
+
+@pytest.mark.parametrize("kind", [shared_module, cross_layer])
+def test_a_shared_module_is_restored_as_one(kind, tmp_path):
+    save_model(make(kind, 0), tmp_path / "model")
+    assert all(len(names) > 1 for names in Checkpoint(tmp_path / "model").modules)
+    model = untied(make(kind, 1))
+    loaded = load_model(model, tmp_path / "model", restore_ties=True)
+    assert {tie.how for tie in loaded.ties} == {"module"} and same(values(model), values(make(kind, 0)))
+    assert [d.kind for d in declared_ties(model)] == ["module"] and check_ties(model)
+
+
+def test_modules_that_cannot_be_one_are_tied_by_their_tensors(tmp_path):
+    save_model(nn.Sequential(*[nn.Linear(2, 2)] * 2), tmp_path / "model")
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].index, model[1].index = 0, 1
+    assert {tie.how for tie in load_model(model, tmp_path / "model", restore_ties=True).ties} == {"tensor"}
+
+
+@pytest.mark.parametrize("modules", [5, [5], ["ab"], [["a"]], [[1, 2]]])
+def test_notes_of_modules_in_another_form(modules, tmp_path):
+    note = {KEY: json.dumps({"version": 1, "ties": [], "modules": modules})}
+    save_file({"w": torch.ones(2)}, tmp_path / "model", note)
+    with pytest.raises(ValueError, match="the ties in its metadata cannot be read: modules: a list of lists of names"): Checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("path, error", [(None, TypeError), (5, TypeError), (b"model", TypeError), (["model"], TypeError), ("", ValueError)])
+def test_paths_that_are_none(path, error, tmp_path):
+    from sharetie.duplicates import dedup_file, file_ties
+    save_model(tiny(), tmp_path / "model")
+    import io
+    for path, error in ((path, error), (io.BytesIO(), TypeError)):
+        for call in (lambda: save_model(tiny(), path), lambda: load_model(tiny(), path), lambda: file_ties(path)):
+            with pytest.raises(error, match="^path: the path of a file is expected, got "): call()
+        with pytest.raises(error, match="^source: the path of a file"): dedup_file(path, tmp_path / "new")
+        with pytest.raises(error, match="^target: the path of a file"): dedup_file(tmp_path / "model", path)
+
+
+def test_names_behind_a_prefix_are_pointed_at(tmp_path):
+    torch.save({"model": tiny().state_dict(), "epoch": 3}, tmp_path / "model")
+    with pytest.raises(ValueError, match="unexpected: .*; all that is missing is there behind 'model.'"): load_model(tiny(), tmp_path / "model")
+
+
+def test_a_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    import sharetie.checkpoint as checkpoint
+    steps, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: steps.append("sync") or fsync(file))
+    monkeypatch.setattr(checkpoint.os, "replace", lambda *names: steps.append("name") or replace(*names))
+    save_model(tiny(), tmp_path / "model")
+    assert steps == ["sync", "name"]
 
 
 def test_a_computed_member_alone_gives_its_source(tmp_path):

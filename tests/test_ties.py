@@ -222,9 +222,29 @@ def test_row_6_an_optimizer_of_a_pseudo_tie_is_refused():
 
 @pytest.mark.parametrize("rules, error, says", [
     ({"tok.wight": {}}, ValueError, "nearest is 'tok.weight'"), ({nn.Conv1d: {}}, ValueError, "Conv1d"),
-    ({3: {}}, TypeError, "key"), ({"tok.weight": 0.1}, TypeError, "dictionary of options"), ([("tok.weight", {})], TypeError, "dictionary")])
+    ({3: {}}, TypeError, "key"), ({"tok.weight": 0.1}, TypeError, "dictionary of options"), ([("tok.weight", {})], TypeError, "dictionary"),
+    ({lambda n, t: True}, TypeError, "rules: a dictionary is expected"), (None, TypeError, "rules: a dictionary is expected"),
+    ({lambda name: True: {"lr": 1.0}}, TypeError, r"rules: a function of \(name, tensor\) is expected"), ({"*": {5: 1}}, TypeError, "rules.*: a dictionary of options by name is expected"),
+    ({"*": {"params": []}}, ValueError, r"rules\['\*'\]: a dictionary without 'params' and 'param_names' is expected, got {'params': \[\]}"),
+    ({"*": {"param_names": []}}, ValueError, "a dictionary without 'params' and 'param_names'")])
 def test_param_groups_refuses_bad_rules(rules, error, says):
     with pytest.raises(error, match=says): param_groups(words(), rules)
+
+
+def test_param_groups_never_writes_into_what_it_is_given():
+    mine = {"params": [1]}
+    with pytest.raises(ValueError, match="params"): param_groups(words(), {"*": mine})
+    with pytest.raises(ValueError, match="default: a dictionary without 'params'"): param_groups(words(), {}, params=[1])
+    assert mine == {"params": [1]}
+    rules = {"*": {"betas": [0.9, 0.99]}}
+    first, = param_groups(words(), rules)
+    first["lr"], first["betas"] = 1.0, None
+    assert rules == {"*": {"betas": [0.9, 0.99]}}
+
+
+def test_param_groups_without_a_decay_says_what_the_other_name_gets():
+    with pytest.raises(ValueError, match=r"tok.weight \(Embedding\) asks for {'weight_decay': 0.0}, and head.weight \(Linear\), the same weight, for the optimizer's own options; a rule for one name decides"):
+        param_groups(words())
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=5), st.lists(st.booleans(), min_size=6, max_size=6))
@@ -333,7 +353,7 @@ def test_row_9_jacobians_and_compile():
 def test_row_9_an_error_in_the_call_leaves_the_model():
     model = Twice()
     weight = model.first.weight
-    with pytest.raises(RuntimeError): functional(model)[0]({"first.weight": torch.zeros(2, 2)}, X)
+    with pytest.raises(RuntimeError): functional(model)[0]({"first.weight": torch.zeros(3, 3)}, X[:, :2])
     assert model.first.weight is weight and model.again is model.first
 
 
@@ -379,7 +399,31 @@ def test_functional_refuses_bad_input():
     with pytest.raises(ValueError, match="nearest is 'tok.weight'"): call({"tok.wieght": params["tok.weight"]}, T)
     with pytest.raises(ValueError, match="one weight, got two values"): call({"tok.weight": torch.zeros(7, 4), "head.weight": torch.ones(7, 4)}, T)
     with pytest.raises(ValueError, match="one memory"): functional(pseudo())
+    for wrong in (5, None, [1], "tok.weight", torch.ones(2)):
+        with pytest.raises(TypeError, match="values: a dictionary of tensors by name is expected, got"): call(wrong, T)
+    for name in ("tok.weight", "head.weight", "norm.weight"):
+        with pytest.raises(ValueError, match=rf"values\['{name}'\]: a tensor of shape .* is expected, got \(3,\)"): call({name: torch.ones(3)}, T)
+    with pytest.raises(TypeError, match=r"values\['tok.weight'\]: a tensor is expected, got 3"): call({"tok.weight": 3}, T)
+    with pytest.raises(TypeError, match="values: a name"): call({5: params["tok.weight"]}, T)
     with pytest.raises(TypeError, match="module"): functional(3)
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tok, self.head = nn.Embedding(7, 4), nn.LazyLinear(7, bias=False)
+
+    def forward(self, x): return self.head(self.tok(x))
+
+
+@pytest.mark.parametrize("call", [functional, skeleton, lambda m: ensemble([m]), lambda m: apply_once(m, lambda t: t * 2), lambda m: resize_(m, "head.weight", 9),
+                                  lambda m: resize_(m, "tok.weight", 9)], ids=["functional", "skeleton", "ensemble", "apply_once", "resize_", "resize_ another"])
+def test_lazy_modules_are_named(call):
+    model = Lazy()
+    with pytest.raises(ValueError, match="head.weight: a tensor with a shape is expected, got one of a lazy module; call the model once first"): call(model)
+    assert param_groups(model, {}) and tie_groups(model) == [] and apply_once(model, lambda m: None, to="modules") is model
+    model(T)
+    call(model)
 
 
 @pytest.mark.parametrize("others, says", [
@@ -445,6 +489,62 @@ def test_row_18_declared_ties_follow_to_new_names():
     check_ties(replace_modules(twice, nn.Linear, Wrapped))
     mapped = replace_modules(coder(), "2", Wrapped)
     assert declared_ties(mapped)[0].names == ("0.weight", "2.base.weight") and check_ties(mapped)
+
+
+def mapped_three():
+    "An embedding, a head that is it, and two layers that are its transpose."
+    model = nn.ModuleDict({"tok": nn.Embedding(7, 4), "head": nn.Linear(4, 7), "a": nn.Linear(7, 4), "b": nn.Linear(7, 4)})
+    tie_(model, ["tok.weight", "head.weight"])
+    tie_(model, ["tok.weight", "a.weight", "b.weight"], map=Transpose())
+    return model
+
+
+def test_row_18_members_of_a_source_that_is_untied_follow_its_heir():
+    model = replace_modules(mapped_three(), "tok", lambda old: nn.Embedding(7, 4), on_conflict="untie")
+    assert [d.names for d in declared_ties(model)] == [("head.weight", "a.weight", "b.weight")] and check_ties(model)
+    with torch.no_grad(): model.head.weight.fill_(3)
+    assert (model.a.weight == 3).all() and not (model.tok.weight == 3).any()
+    part = nn.ModuleDict({"part": mapped_three(), "out": nn.Linear(4, 7)})
+    tie_(part, ["part.head.weight", "out.weight"])
+    replace_modules(part, ("part.tok", "part.head"), lambda old: type(old)(*old.weight.shape[::1 if isinstance(old, nn.Embedding) else -1]), on_conflict="untie")
+    assert [d.names for d in declared_ties(part)] == [("out.weight", "part.a.weight", "part.b.weight")] and check_ties(part)
+
+
+def test_row_18_the_only_source_of_members_is_not_untied():
+    model = mapped_three()
+    untie_(model, "head.weight")
+    tok, names = model.tok, [d.names for d in declared_ties(model)]
+    with pytest.raises(ValueError, match=r"tok.weight is the source of \['a.weight', 'b.weight'\]; untie_ those members first"):
+        replace_modules(model, "tok", lambda old: nn.Embedding(7, 4), on_conflict="untie")
+    assert model.tok is tok and [d.names for d in declared_ties(model)] == names and check_ties(model)
+    replace_modules(model, "a", lambda old: nn.Linear(7, 4), on_conflict="untie")
+    assert [d.names for d in declared_ties(model)] == [("tok.weight", "b.weight")] and check_ties(model)
+    both = replace_modules(model, ("tok", "b"), lambda old: type(old)(7, 4), on_conflict="untie")
+    assert not declared_ties(both) and not find_ties(both)
+
+
+def test_row_18_declarations_inside_of_a_replaced_module_are_kept():
+    model = nn.ModuleDict({"block": words(), "out": nn.Linear(7, 7)})
+    new = copy.deepcopy(model.block)
+    new.__dict__.pop("_declared_ties")
+    replace_modules(model, "block", lambda old: new)
+    assert [d.names for d in declared_ties(model)] == [("block.tok.weight", "block.head.weight")]
+    model.block.head.weight = nn.Parameter(model.block.head.weight.detach() + 1)
+    with pytest.raises(BrokenTie): check_ties(model)
+
+
+def test_row_19_the_mask_of_a_replaced_head_is_put_on_the_new_one():
+    def masked():
+        model = Words(padding=0)
+        tie_(model, ["tok.weight", "head.weight"], padding="mask")
+        return model
+    model = replace_modules(masked(), "head", same_linear)
+    assert model(T)[..., 0].eq(-torch.inf).all() and len(model.head._forward_hooks) == 1
+    untie_(model, "head.weight")
+    assert model(T).isfinite().all()
+    for name in ("head", "tok"):
+        model = replace_modules(masked(), name, lambda old: nn.Linear(4, 7) if name == "head" else nn.Embedding(7, 4), on_conflict="untie")
+        assert model(T).isfinite().all()
 
 
 def test_row_18_new_modules_get_the_mode_of_the_old():
@@ -611,6 +711,14 @@ def test_row_21_rules_for_other_layers():
     (words(), "haed.weight", 9, {}, ValueError, "nearest is 'head.weight'"), (words(), "*.weight", 9, {}, ValueError, "one is expected"),
     (words(), "tok.weight", 0, {}, ValueError, "size"), (words(), "tok.weight", 9.5, {}, TypeError, "size"), (words(), "tok.weight", 9, {"axis": 2}, ValueError, "axis"),
     (words(), "tok.weight", 9, {"fill": "ones"}, ValueError, "fill"), (words(padding=6), "tok.weight", 6, {}, ValueError, "padding_idx=6"),
+    (words(), "tok.weight", 9, {"fill": 5}, ValueError, "fill: 'mean', 'zeros' or a function"), (words(), "tok.weight", 9, {"fill": torch.ones(2)}, ValueError, "fill: 'mean'"),
+    (words(), "tok.weight", 9, {"fill": lambda: 3}, TypeError, r"fill: a function of \(rows\) is expected"),
+    (words(), "tok.weight", 9, {"fill": torch.ones_like}, ValueError, "fill: a function that fills its tensor in place is expected, got <built-in method ones_like"),
+    (words(), "tok.weight", 9, {"optimizer": "adam"}, TypeError, "optimizer: an optimizer of torch is expected, got 'adam'"),
+    (words(), "tok.weight", 9, {"optimizer": [torch.optim.Adam(words().parameters())]}, TypeError, "optimizer: an optimizer of torch is expected, got \\["),
+    (words(), "tok.weight", 9, {"rules": 5}, TypeError, "rules: a dictionary is expected, got 5"), (words(), "tok.weight", 9, {"rules": {5: 6}}, TypeError, r"rules: {\(type, weight, axis\): \(its size's name, .* is expected, got {5: 6}"),
+    (words(), "tok.weight", 9, {"rules": {(nn.Linear, "weight", 0): 5}}, TypeError, "rules: {.*its size's name, .* is expected, got {"),
+    (words(), "tok.weight", 9, {"rules": {(nn.Linear, "weight", 0): ("out_features", "bias")}}, TypeError, "rules: {.*its size's name"),
     (nn.Sequential(nn.Conv1d(2, 3, 1)), "0.weight", 4, {}, ValueError, "Conv1d"), (pseudo(), "0.weight", 4, {}, ValueError, "one memory"),
     (words(), "tok.weight", 9, {"optimizer": torch.optim.Adam(words().parameters())}, ValueError, "one that holds tok.weight"),
     (nn.Sequential(torch.nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))), "0.weight", 5, {}, ValueError, "rules|size")])
