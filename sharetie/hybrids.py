@@ -74,7 +74,7 @@ def tie_deviation(
     """How far the two sets of parameters may part, σ(α) = (α / (1 − α))².
 
     Raises TypeError for no number, ValueError outside [0, 1] and between 0 and 0.001, where
-    the tie is beyond double precision. Source: Lasserre, Bishop and Minka 2006."""
+    the tie is beyond double precision. Source: after Lasserre, Bishop and Minka 2006, the form unchecked."""
     alpha = real(alpha, "alpha", 0, 1)
     if 0 < alpha < 1e-3:
         raise ValueError(f"alpha: {alpha!r} is too close to 0; 0 itself shares the parameters")

@@ -53,8 +53,9 @@ class Unit:
     ):
         self.names, self.tensors = names, tensors
         self.shape, self.storage = tuple(tensors[0].shape), storage_of(tensors[0])
-        self.stored = _cover(tensors)  # elements
-        self.bytes = self.stored * tensors[0].element_size()
+        elements, complex = _cover(tensors), tensors[0].is_complex()
+        self.stored = elements * (2 if complex else 1)  # real numbers
+        self.bytes = elements * tensors[0].element_size()
         self.trainable = self.stored if any(t.requires_grad for t in tensors) else 0
 
     def reaches(self,

@@ -8,10 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
+from sharetie import distances
 from sharetie.distances import DISTANCES, _add_compiled, _add_lists, _add_pieces, _plain_sums, add_slopes_, can_add_slopes, pair_distances, shrink
 
 SUMS = ("squared_l2", "l1", "huber")
-SHAPES = [(2, 3), (), (0,), (7,), (1 << 20) + 5, (1100, 1000)]  # empty, scalar, one and several pieces and buckets
+SHAPES = [(2, 3), (), (0,), (7,), (1 << 10) + 5, (33, 100)]  # empty, scalar, one and several pieces and buckets
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    "Pieces and buckets of 1,024 elements, so that small tensors have several."
+    monkeypatch.setattr(distances, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(distances, "_BUCKET", 1 << 10)
+    monkeypatch.setattr(distances._buckets, "__defaults__", (1 << 10,))
 
 
 def tensors(dtype=torch.float64, requires_grad=True, shapes=SHAPES):
@@ -26,8 +35,9 @@ def pairs(dtype=torch.float64):
 
 @pytest.mark.parametrize("distance", SUMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_value_and_gradient_equal_the_plain_losses(distance, dtype):
+def test_value_and_gradient_equal_the_plain_losses(distance, dtype, small_pieces):
     x, y = pairs(dtype)
+    assert len(list(distances._buckets(x, y))) == 2 and len(list(distances._pieces(x[-1], y[-1]))) == 4
     ours, plain = pair_distances(x, y, distance, 0.5), _plain_sums(distance, 0.5, x, y)
     assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
@@ -100,7 +110,7 @@ def test_backward_sees_weights_changed_in_place():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"): value.backward()
 
 
-def test_one_pass_adds_to_gradients_that_are_there():
+def test_one_pass_adds_to_gradients_that_are_there(small_pieces):
     x, y = pairs()
     for t in x: t.grad = torch.ones_like(t)
     expected = torch.autograd.grad(2 * _plain_sums("squared_l2", 1.0, x, y).sum(), x)
@@ -128,8 +138,7 @@ def test_all_walks_agree(kind, dtype, grads):
 
 
 def test_the_compiled_walk_agrees():
-    for grads in ("fresh", "kept"):
-        torch.testing.assert_close(walked(_add_compiled, "squared_l2", torch.float32, grads), walked(_add_pieces, "squared_l2", torch.float32, grads))
+    torch.testing.assert_close(walked(_add_compiled, "squared_l2", torch.float32, "kept"), walked(_add_pieces, "squared_l2", torch.float32, "kept"))
 
 
 @pytest.mark.gpu
@@ -142,8 +151,9 @@ def test_walks_on_cuda_equal_those_on_the_cpu(walk):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_tensor_in_several_pairs_gets_every_slope(compiled):
     a, b, c = (torch.randn(5000, requires_grad=True) for _ in range(3))
-    expected = torch.autograd.grad(pair_distances([a, a, b], [b, c, c]).sum(), (a, b, c))
-    add_slopes_([a, a, b], [b, c, c], [1.0, 1.0, 1.0], compiled=compiled)
+    values = pair_distances([a, a, b], [b, c, c])
+    expected = torch.autograd.grad(values.sum(), (a, b, c))
+    torch.testing.assert_close(add_slopes_([a, a, b], [b, c, c], [1.0, 1.0, 1.0], compiled=compiled), values.detach())
     for t, grad in zip((a, b, c), expected): torch.testing.assert_close(t.grad, grad)
 
 
@@ -201,7 +211,7 @@ def test_a_nan_weight_shows(distance):
     assert pair_distances([torch.tensor([1.0, math.nan])], [torch.ones(2)], distance).isnan().all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=2), st.floats(0, 4), st.sampled_from(DISTANCES[:4]))
 def test_shrink_is_the_minimum_that_a_general_solver_finds(d, t, distance):
     d = torch.tensor(d, dtype=torch.float64)
@@ -212,7 +222,7 @@ def test_shrink_is_the_minimum_that_a_general_solver_finds(d, t, distance):
     assert objective(shrink(d, t, distance)) <= solved.fun + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=6), st.lists(st.floats(-100, 100), min_size=1, max_size=6), st.sampled_from(DISTANCES))
 def test_distances_are_symmetric_and_zero_on_equal_tensors(a, b, distance):
     n = min(len(a), len(b))

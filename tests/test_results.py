@@ -6,7 +6,7 @@ import pickle
 import random
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import matplotlib as mpl
@@ -53,7 +53,9 @@ def test_a_process_pool_gives_the_table_of_a_serial_run():
     serial = compare(variants, range(3))
     assert torch.equal(before[0], torch.get_rng_state()) and (before[1] == np.random.get_state()[1]).all()
     assert before[2:] == (random.getstate(), torch.get_num_threads())
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    processes = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    processes.set_forkserver_preload(["torch", "pandas", "sharetie.train"])
+    with ProcessPoolExecutor(1, mp_context=processes) as pool:
         parallel = compare(variants, range(3), pool)
         with pytest.raises(RuntimeError, match="variant 'odd', seed 2: ArithmeticError: too large"): compare({"odd": fails}, range(5), pool)
         with pytest.raises(RuntimeError, match="variant 'local', seed 0: .*[Pp]ickl"): compare({"local": lambda seed: 0.0}, range(2), pool)

@@ -9,7 +9,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,8 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from sharetie.train import History, error_rate, evaluate, fit, set_seed
 from sharetie.tying import TiePenalty, anneal, proximal_
 
-PROCESSES = get_context("spawn")
+PROCESSES = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+PROCESSES.set_forkserver_preload(["torch", "pandas", "sharetie.train"])  # once for all processes
 
 
 def toy(n=60):
