@@ -1,0 +1,313 @@
+"Balancing tasks: every method against whole vectors, its memory, missing tasks, accumulation, mixed precision, processes, bad input."
+import copy
+import math
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from sharetie.aggregation import aligned, cagrad, imtl, mgda, nash, pcgrad, upgrad
+from sharetie.balancing import (DynamicAverage, Equal, FAMO, FromGram, GradNorm, GradVac, Prioritization, RULES,
+                                RandomWeights, Uncertainty, WITH_TASKS, WITHOUT_TASKS, balancer)
+from sharetie.results import set_seed
+
+TASKS = ["a", "b", "c"]
+
+
+class Net(nn.Module):
+    def __init__(self, tasks=TASKS):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
+        self.heads = nn.ModuleDict({t: nn.Linear(4, 1) for t in tasks})
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return z, {t: head(z) for t, head in self.heads.items()}
+
+
+def setting(seed=0, n=6, dtype=torch.float64):
+    generator = set_seed(seed)
+    net = Net().to(dtype)
+    x = torch.randn(n, 5, generator=generator, dtype=torch.float64).to(dtype)
+    return net, x
+
+
+def losses_of(net, x, tasks=TASKS):
+    z, outputs = net(x)
+    return z, {t: (outputs[t] - 2 * i - x[:, :1]).square().mean() + .1 for i, t in enumerate(TASKS) if t in tasks}
+
+
+def every(name):
+    return balancer(name, TASKS) if name in WITH_TASKS else balancer(name)
+
+
+NAMES = [*WITHOUT_TASKS, *WITH_TASKS, *RULES]
+
+
+@pytest.fixture(params=NAMES)
+def name(request): return request.param
+
+
+def flat(tensors): return torch.cat([t.flatten() for t in tensors])
+
+
+def jacobian(losses, parameters):
+    return torch.stack([flat(torch.autograd.grad(loss, parameters, retain_graph=True)) for loss in losses.values()])
+
+
+# Every method
+
+def test_every_parameter_gets_a_finite_gradient(name):
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    used = every(name).backward(losses, net.trunk)
+    assert used.shape == (3,)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_shared_parameters_get_the_combination_and_heads_their_own(rule):
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    J, own = jacobian(losses, list(net.trunk.parameters())), {t: torch.autograd.grad(losses[t], list(net.heads[t].parameters()), retain_graph=True) for t in TASKS}
+    a = FromGram(rule).backward(losses, net.trunk)
+    torch.testing.assert_close(a, rule(J @ J.T), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(flat(p.grad for p in net.trunk.parameters()), J.T @ rule(J @ J.T), rtol=1e-6, atol=1e-9)
+    for t in TASKS:
+        for p, g in zip(net.heads[t].parameters(), own[t]): torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_representation_form(rule):
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    dz = torch.stack([torch.autograd.grad(loss, z, retain_graph=True)[0].flatten() for loss in losses.values()])
+    step = (dz.T @ rule(dz @ dz.T)).view_as(z)
+    expected = torch.autograd.grad(z, list(net.trunk.parameters()), step, retain_graph=True)
+    own = torch.autograd.grad(losses["b"], list(net.heads["b"].parameters()), retain_graph=True)
+    FromGram(rule).backward(losses, net.trunk, representation=z)
+    for p, g in zip(net.trunk.parameters(), expected): torch.testing.assert_close(p.grad, g, rtol=1e-6, atol=1e-9)
+    for p, g in zip(net.heads["b"].parameters(), own): torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("representation", [False, True])
+def test_gradients_accumulate(name, representation):
+    if name in ("random", "graddrop"): pytest.skip("draws anew at each call")
+    net, x = setting()
+    def add(method):
+        z, losses = losses_of(net, x)
+        method.backward(losses, net.trunk, representation=z if representation else None)
+    add(every(name))
+    once = [p.grad.clone() for p in net.parameters()]
+    add(every(name))
+    for p, g in zip(net.parameters(), once): torch.testing.assert_close(p.grad, 2 * g, rtol=1e-6, atol=1e-8)
+
+
+def test_a_task_may_be_missing_from_a_batch(name):
+    net, x = setting()
+    z, losses = losses_of(net, x, ["a", "c"])
+    assert every(name).backward(losses, net.trunk).shape == (2,)
+    assert net.heads["b"].weight.grad is None and net.heads["c"].weight.grad is not None
+
+
+def test_one_task_is_its_own_gradient_up_to_a_factor(name):
+    net, x = setting()
+    z, losses = losses_of(net, x, ["b"])
+    (g,) = jacobian(losses, list(net.trunk.parameters()))
+    every(name).backward(losses, net.trunk)
+    d = flat(p.grad for p in net.trunk.parameters())
+    assert torch.cosine_similarity(d, g, 0) > 1 - 1e-6
+
+
+def test_no_graph_or_gradient_of_others_is_left(name):
+    net, x = setting()
+    bystander = nn.Parameter(torch.ones(3))
+    z, losses = losses_of(net, x)
+    every(name).backward(losses, net.trunk)
+    assert bystander.grad is None and all(not p.grad.requires_grad for p in net.parameters())
+
+
+def test_parts_of_the_trunk_that_a_task_does_not_use():
+    net, x = setting()
+    side = nn.Linear(5, 1).double()
+    z, losses = losses_of(net, x)
+    losses["a"] = losses["a"] + side(x).square().mean()
+    shared = [*net.trunk.parameters(), *side.parameters()]
+    J = torch.stack([flat(torch.zeros_like(p) if g is None else g for p, g in zip(shared, torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True))) for loss in losses.values()])
+    FromGram(upgrad).backward(losses, shared)
+    torch.testing.assert_close(flat(p.grad for p in shared), J.T @ upgrad(J @ J.T))
+
+
+def test_large_parameters_are_multiplied_in_pieces(monkeypatch):
+    import sharetie.balancing as balancing
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    whole = balancing._gram([[p.detach() for p in net.trunk.parameters()]] * 2)
+    monkeypatch.setattr(balancing, "PIECE", 4)
+    torch.testing.assert_close(balancing._gram([[p.detach() for p in net.trunk.parameters()]] * 2), whole)
+
+
+# Memory
+
+@pytest.mark.parametrize("name", WITH_TASKS)
+def test_what_is_remembered_is_in_the_state(name):
+    net, x = setting()
+    method = every(name)
+    for _ in range(3):
+        z, losses = losses_of(net, x)
+        method.backward(losses, net.trunk)
+        if name == "famo": method.update(losses_of(net, x)[1])
+        if name == "dynamic_average": method.period()
+        if name == "prioritization": method.observe({"a": .5, "b": .7, "c": .9})
+    if name == "uncertainty": method.log_variance.data.add_(.5)
+    fresh = every(name)
+    fresh.load_state_dict(method.state_dict())
+    grads = []
+    for m in (method, fresh):
+        net.zero_grad()
+        z, losses = losses_of(net, x)
+        m.backward(losses, net.trunk)
+        grads.append(flat(p.grad for p in net.trunk.parameters()))
+    torch.testing.assert_close(*grads)
+
+
+def test_gradnorm_moves_towards_equal_lengths():
+    p = nn.Parameter(torch.tensor([1., 1.]))
+    method = GradNorm(["a", "b"], alpha=0, lr=.05)
+    for _ in range(400): a = method.backward({"a": 100 * p[0] + 1, "b": p[1] + 1}, [p])
+    assert a[1] / a[0] == pytest.approx(100, rel=.1) and a.sum() == pytest.approx(2)
+
+
+def test_gradvac_follows_what_it_meets():
+    p = nn.Parameter(torch.ones(2))
+    method = GradVac(["a", "b"], rate=.5)
+    method.backward({"a": p[0], "b": p.sum()}, [p])
+    torch.testing.assert_close(method.target, torch.tensor([[0, .5 ** 1.5], [.5 ** 1.5, 0]], dtype=torch.float64))
+
+
+def test_random_weights_have_the_number_of_tasks_as_their_sum():
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    assert RandomWeights(set_seed(0)).backward(losses, net.trunk).sum() == pytest.approx(3)
+
+
+# Mixed precision
+
+@pytest.mark.parametrize("form", ["exact", "representation"])
+@pytest.mark.parametrize("name", ["equal", "nash", "mgda", "gradnorm"])
+def test_a_scaler_leaves_scaled_gradients_of_the_same_step(name, form):
+    steps = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.)):
+        net, x = setting(dtype=torch.float32)
+        z, losses = losses_of(net, x)
+        every(name).backward(losses, net.trunk, representation=z if form == "representation" else None, scaler=scaler)
+        steps.append(flat(p.grad for p in net.parameters()) / (1 if scaler is None else 1024))
+    torch.testing.assert_close(*steps, rtol=1e-4, atol=1e-5)
+
+
+def test_an_overflow_reaches_the_scaler():
+    net, x = setting(dtype=torch.float32)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2. ** 120)
+    before = copy.deepcopy(net.state_dict())
+    z, losses = losses_of(net, 1e4 * x)
+    FromGram(nash).backward(losses, net.trunk, scaler=scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() < 2. ** 120
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+# Processes
+
+def worker(rank, port, name, form, queue):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    net, x = setting(n=8)
+    method = balancer(name, TASKS, group=dist.group.WORLD) if name in WITH_TASKS else balancer(name, group=dist.group.WORLD)
+    for _ in range(2):
+        z, losses = losses_of(net, x.chunk(2)[rank])
+        method.backward(losses, net.trunk, representation=z if form == "representation" else None)
+    queue.put((rank, flat(p.grad for p in net.parameters()).numpy()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name, form", [("nash", "exact"), ("pcgrad", "representation")])
+def test_two_processes_take_the_step_of_one(name, form):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    queue = mp.get_context("spawn").SimpleQueue()
+    context = mp.spawn(worker, (port, name, form, queue), nprocs=2, join=False)
+    found = dict(queue.get() for _ in range(2))
+    while not context.join(): pass
+    net, x = setting(n=8)
+    method = every(name)
+    for _ in range(2):
+        z, losses = losses_of(net, x)
+        method.backward(losses, net.trunk, representation=z if form == "representation" else None)
+    expected = flat(p.grad for p in net.parameters())
+    for rank in range(2): torch.testing.assert_close(torch.from_numpy(found[rank]), expected, rtol=1e-6, atol=1e-9)
+
+
+# Bad input: an error before any gradient is touched
+
+def refused(method, losses, shared, words, error=ValueError, net=None, **options):
+    with pytest.raises(error, match=words): method.backward(losses, shared, **options)
+    if net is not None: assert all(p.grad is None for p in net.parameters())
+
+
+def test_bad_losses(name):
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    method = every(name)
+    refused(method, [*losses.values()], net.trunk, "losses: a dictionary", TypeError, net)
+    refused(method, {}, net.trunk, "losses: at least one task", net=net)
+    refused(method, losses | {"b": 1.}, net.trunk, r"losses\['b'\]: a floating point tensor", TypeError, net)
+    refused(method, losses | {"b": net(x)[1]["b"]}, net.trunk, r"losses\['b'\]: a scalar is expected, got \(6, 1\)", net=net)
+    refused(method, losses | {"b": torch.tensor(1.)}, net.trunk, r"losses\['b'\]: a loss with a gradient", net=net)
+    refused(method, losses | {"b": losses["b"] * math.nan}, net.trunk, r"finite numbers are expected, got nan in \['b'\]", net=net)
+    alone = nn.Parameter(torch.ones(()))
+    refused(method, losses | {"b": alone * 2}, net.trunk, r"losses\['b'\]: a loss that depends on shared parameters", net=net)
+    refused(method, losses, net.trunk, r"losses\['a'\]: a loss that depends on the representation", net=net, representation=torch.ones(1, requires_grad=True) * 2)
+    refused(method, losses, [], "shared: at least one Parameter", net=net)
+    refused(method, losses, net.trunk[0].weight, "shared: a module or a list", TypeError, net)
+
+
+def test_a_task_with_nan_may_sit_out(name):
+    options = {"on_nan": "skip"}
+    method = balancer(name, TASKS, **options) if name in WITH_TASKS else balancer(name, **options)
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    assert method.backward(losses | {"b": losses["b"] * math.nan}, net.trunk).shape == (2,)
+    assert net.heads["b"].weight.grad is None
+    refused(method, {"b": losses["b"] * math.nan}, net.trunk, r"got none in \['b'\]")
+
+
+@pytest.mark.parametrize("name", WITH_TASKS)
+def test_unknown_tasks(name):
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    refused(balancer(name, ["a", "b"]), losses, net.trunk, "losses: one of 'a', 'b' is expected, got 'c'")
+    with pytest.raises(ValueError, match="tasks: different names"): balancer(name, ["a", "a"])
+    with pytest.raises(ValueError, match="tasks: different names"): balancer(name)
+    with pytest.raises(TypeError, match="tasks: the names"): balancer(name, "abc")
+
+
+def test_other_bad_input():
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    with pytest.raises(ValueError, match="did you mean 'pcgrad'"): balancer("pcgrd")
+    with pytest.raises(ValueError, match="on_nan: one of"): Equal("ignore")
+    with pytest.raises(TypeError, match="rule: a function"): FromGram("nash")
+    with pytest.raises(ValueError, match="temperature"): DynamicAverage(TASKS, temperature=0)
+    with pytest.raises(ValueError, match="alpha"): GradNorm(TASKS, alpha=-1)
+    with pytest.raises(ValueError, match="regression: one of"): Uncertainty(TASKS, ["d"])
+    with pytest.raises(ValueError, match=r"figures\['a'\]"): Prioritization(TASKS).observe({"a": 1.5})
+    for name in ("scale_invariant", "geometric"):
+        refused(balancer(name), losses | {"b": -losses["b"]}, net.trunk, r"losses\['b'\]: a positive loss", net=net)
+    refused(FAMO(TASKS, least=5.), losses, net.trunk, "a positive loss", net=net)
