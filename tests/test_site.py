@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
@@ -52,12 +53,12 @@ class Anchors(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.ids, self.links, self.loads = [], [], []
+        self.ids, self.links, self.loads = Counter(), [], []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         given = dict(attrs)
-        if "id" in given: self.ids.append(given["id"])
+        if "id" in given: self.ids[given["id"]] += 1
         if tag == "a" and "href" in given: self.links.append(given["href"])
         if tag in ("img", "script", "link", "iframe", "source"): self.loads += [given[k] for k in ("src", "href", "srcset") if k in given]
 
@@ -67,7 +68,7 @@ def test_all_links_and_anchors_lead_somewhere(site, request):
     site = request.getfixturevalue(site)
     pages = {p.name: Anchors(p) for p in site.glob("*.html")}
     for name, page in pages.items():
-        twice = {i for i in page.ids if page.ids.count(i) > 1}
+        twice = {i for i, n in page.ids.items() if n > 1}
         assert not twice, f"{name}: the ids {twice} are there twice"
         for link in page.links:
             if re.match(r"(https?|mailto):", link): continue
