@@ -130,8 +130,9 @@ def match_names(
     need(all(isinstance(name, str) for name in names), "names", "a list of text", names, TypeError)
     hits = [name for name in names if fnmatchcase(name, pattern)]
     if len(hits) == 1 or hits and not one: return hits
-    near = get_close_matches(pattern, names, n=1, cutoff=0)
-    hint = f"the nearest is {near[0]!r}" if near else "there are none"
+    near = get_close_matches(pattern, names, n=1, cutoff=.5)
+    hint = f"they begin with {names[:3]}" if names else "there are none"
+    if near: hint = f"the nearest is {near[0]!r}"
     if hits: hint = f"in a tuple, one is expected, got {hits[:3]}"
     count = len(hits) or "none"
     raise ValueError(f"{argument}: {pattern!r} matches {count} of {len(names)} names; {hint}")

@@ -109,7 +109,7 @@ def test_match_names(pattern, hits):
 
 @pytest.mark.parametrize("names, pattern, one, error, message", [
     (NAMES, "fc.wieght", False, ValueError, "^members: 'fc.wieght' matches none of 3 names; the nearest is 'fc.weight'$"),
-    (NAMES, "", False, ValueError, "'' matches none"), ([], "*", False, ValueError, "none of 0 names; there are none"),
+    (NAMES, "zzzz", False, ValueError, "^members: 'zzzz' matches none of 3 names; they begin with \\['fc.weight'"), (NAMES, "", False, ValueError, "'' matches none"), ([], "*", False, ValueError, "none of 0 names; there are none"),
     (NAMES, "*.weight", True, ValueError, r"matches 2 of 3 names; in a tuple, one is expected, got \['fc.weight', 'head.weight'\]"),
     (NAMES, None, False, TypeError, "^members: a name or pattern .str. is expected, got None"), (NAMES, 3, False, TypeError, "got 3"),
     (NAMES, ["fc.*"], False, TypeError, "^members: "), (None, "*", False, TypeError, "^names: a list of names is expected, got None"),

@@ -310,7 +310,7 @@ def test_row_5_parametrized_layers_are_named_by_the_layer():
 
 
 def test_tie_groups_refuses_bad_input():
-    with pytest.raises(ValueError, match="nearest"): tie_groups(words(), "blocks.?")
+    with pytest.raises(ValueError, match="they begin with .'tok'"): tie_groups(words(), "blocks.?")
     with pytest.raises(ValueError, match="one memory"): tie_groups(pseudo())
     with pytest.raises(TypeError, match="module"): tie_groups([words()])
 
