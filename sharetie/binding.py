@@ -61,6 +61,7 @@ class _Whole:
         def noted(value): return value.copy() if isinstance(value, (dict, list)) else value
         self.saved = [(type(module), {key: noted(module.__dict__[key]) for key in self.keys if key in module.__dict__})
                       for module in self.modules]
+        self.watched = ["_one_value" in module.__dict__ for module in self.modules]
         self.copies = [tensor.detach().clone() for tensor in self.values]
 
     def __exit__(self, kind, error, trace):
@@ -68,6 +69,8 @@ class _Whole:
             module.__class__ = cls
             for key in self.keys: module.__dict__.pop(key, None)
             module.__dict__.update(held)
+        for module, watched in zip(self.modules, self.watched) if kind else ():
+            if not watched and (hook := module.__dict__.pop("_one_value", None)): hook.remove()
         for tensor, value in zip(self.values, self.copies) if kind else (): tensor.detach().copy_(value)
 
 # %% ../nbs/02_binding.ipynb #52a98f29

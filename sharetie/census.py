@@ -78,6 +78,7 @@ _LAYERS = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEnco
 def _own_axes(layer, names):
     "For each input of a recurrent or attention layer, a function from its tensors to their axis; else None."
     if not isinstance(layer, _LAYERS): return None
+    if not type(layer).forward.__module__.startswith("torch.nn."): return None  # a forward of its own
     first = next(m.batch_first for m in layer.modules() if hasattr(m, "batch_first"))
     def axis(name):
         if "padding_mask" in name: return lambda t: 0 if t.ndim == 2 else None

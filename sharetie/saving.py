@@ -225,7 +225,7 @@ def _plan(model, file, policy, cast):
     "Who gets what, and the names of the file that are not used."
     state = model.state_dict(keep_vars=True)
     plan = _Plan(file, state, {n: t for n, t in state.items() if isinstance(t, Tensor)}, policy, cast)
-    for name, tensor in plan.targets.items(): check_tensor(name, tensor, numbers=False)
+    for name, tensor in plan.targets.items(): _check_writable(name, tensor)
     mapped = _mapped(model, state)
     for member in mapped: _add_computed(plan, *member)
     groups = _memory_groups(plan.targets)
@@ -236,6 +236,15 @@ def _plan(model, file, policy, cast):
     plan.missing += [name for name, place in places(model).items() if place.tensor.is_meta and name not in state]
     used = {*state, *(name for name, *_ in mapped), *map(_inner, state)}
     return plan, [name for name in (*file.names, *file.others) if name not in used]
+
+
+def _check_writable(name, tensor):
+    "Raise unless numbers can be written into a tensor, each into memory of its own."
+    check_tensor(name, tensor, numbers=False)
+    fine = torch.is_inference_mode_enabled() or not tensor.is_inference()
+    need(fine, name, "a tensor that can be written", "one of inference mode")
+    repeats = any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride()))
+    need(not repeats, name, "a tensor with memory for each number", "an expanded one")
 
 
 def _apart(file, group):
@@ -339,7 +348,10 @@ def load_model(
     weight; ValueError where file and model do not fit; OSError for no file."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
-    need(restore_ties in (True, False, None), "restore_ties", "True, False or None", restore_ties, TypeError)
+    fine = restore_ties is None or isinstance(restore_ties, bool)
+    need(fine, "restore_ties", "True, False or None", restore_ties, TypeError)
+    for name, value in {"strict": strict, "cast": cast}.items():
+        need(isinstance(value, bool), name, "True or False", value, TypeError)
     on_meta = any(place.tensor.is_meta for place in places(model).values())
     need(device is None or on_meta, "device", "None for a model that has its memory already (move it by .to)", device)
     if device is not None:
@@ -353,6 +365,6 @@ def load_model(
         if restore_ties: _restore(model, file)
         plan, unexpected = _plan(model, file, on_conflict, cast)
         if strict and (plan.missing or unexpected): _names_differ(path, plan.missing, unexpected)
+        if plan.apart and restore_ties is None: _warn_of(path, plan.apart)  # may be an error: before anything changes
         _fill(model, plan, "cpu" if device is None else device)
-    if plan.apart and restore_ties is None: _warn_of(path, plan.apart)
     return Loaded(tuple(plan.missing), tuple(unexpected), find_ties(model))

@@ -731,3 +731,14 @@ def test_seventy_billion_parameters_in_less_than_a_gigabyte_with_torch_alone():
     run = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert 1e5 < int(run.stdout) < 1e6, "kilobytes"
+
+
+class BatchFirstInside(nn.LSTM):
+    "Takes examples first and turns them, which nobody can see from outside."
+    def forward(self, x): return super().forward(x.transpose(0, 1))
+
+
+def test_layers_with_a_forward_of_their_own_are_not_asked_for_their_axis():
+    x = torch.randn(2, 7, 4)
+    with pytest.raises(ValueError, match="batch_axis: a number is expected"): census(BatchFirstInside(4, 3), x)
+    assert census(BatchFirstInside(4, 3), x, batch_axis=0).used == 7 * sum(p.numel() for p in nn.LSTM(4, 3).parameters())

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -1124,3 +1125,55 @@ def test_a_fresh_process_has_the_tie(tmp_path):
     save_model(model, tmp_path / "model")
     run = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "model")], capture_output=True, text=True)
     assert run.stdout == "('0.weight', '1.weight') True\n", run.stderr
+
+
+# What a fresh reading found
+
+def an_untied_reader():
+    torch.manual_seed(1)
+    return nn.ModuleDict({"embed": nn.Embedding(5, 3), "head": nn.Linear(3, 5, bias=False)})
+
+
+def a_tied_file(tmp_path):
+    model = an_untied_reader()
+    with torch.no_grad(): model["embed"].weight.add_(1)
+    tie_(model, ["embed.weight", "head.weight"])
+    save_model(model, tmp_path / "tied.safetensors")
+    return tmp_path / "tied.safetensors"
+
+
+def inference_weight():
+    with torch.inference_mode(): return nn.Parameter(torch.zeros(5, 3), requires_grad=False)
+
+
+@pytest.mark.parametrize("weight, words", [
+    (lambda: nn.Parameter(torch.zeros(1, 3).expand(5, 3)), "head.weight: a tensor with memory for each number"),
+    (inference_weight, "head.weight: a tensor that can be written"),
+], ids=["expanded", "inference"])
+def test_what_cannot_be_written_is_found_before_anything_is(tmp_path, weight, words):
+    model = an_untied_reader()
+    model["head"].weight = weight()
+    before = model["embed"].weight.detach().clone()
+    with pytest.raises(ValueError, match=words): load_model(model, a_tied_file(tmp_path), restore_ties=False)
+    assert torch.equal(model["embed"].weight, before)
+
+
+def test_a_warning_that_is_an_error_changes_nothing(tmp_path):
+    model = an_untied_reader()
+    before = model["embed"].weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="restore_ties=True"): load_model(model, a_tied_file(tmp_path))
+    assert torch.equal(model["embed"].weight, before)
+
+
+@pytest.mark.parametrize("option", [{"restore_ties": 1}, {"restore_ties": torch.ones(2)}, {"strict": "no"}, {"cast": 1}])
+def test_switches_are_true_or_false(tmp_path, option):
+    with pytest.raises(TypeError, match=f"{[*option][0]}: True"): load_model(an_untied_reader(), a_tied_file(tmp_path), **option)
+
+
+def test_a_failed_load_leaves_no_watch(tmp_path):
+    model = an_untied_reader()
+    model["more"] = nn.Linear(2, 2)
+    with pytest.raises(ValueError): load_model(model, a_tied_file(tmp_path), restore_ties=True)
+    assert not find_ties(model).true and "_one_value" not in model.__dict__ and not model._load_state_dict_pre_hooks
