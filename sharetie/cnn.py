@@ -18,6 +18,7 @@ from .classics import PartialConv, Prototypes, Subsample
 from .errors import need, one_of, tensor, whole
 from .local import *
 from .rotations import *
+from .scores import _mode
 from .symmetry import *
 from .orbits import *
 
@@ -29,31 +30,58 @@ _all_ = [
 ]
 
 # %% ../nbs/10_cnn.ipynb #3ee6a6db
-LAYERS = nn.modules.conv._ConvNd, nn.Linear, LocallyConnected1d, LocallyConnected2d, Subsample, PartialConv, Prototypes
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, LocallyConnected1d, LocallyConnected2d, GroupConv2d,
+          Subsample, PartialConv, Prototypes)
 
 
 def dense_sizes(
     model: nn.Module,
-    *inputs,  # of the model; on the meta device for one that is there
+    *inputs,  # of the model, a batch; on the meta device for one that is there
     layers: tuple[type, ...] = LAYERS,  # classes of layers from maps to maps; what is inside of one is not looked at
 ) -> dict[str, int]:  # weights and biases by the path of the layer
     """What each layer of a model would store if every output had a weight for every input.
 
-    Raises TypeError for no module, ValueError for a model without such layers."""
-    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
+    A layer that is used twice is counted twice; the model runs in evaluation mode. Raises TypeError
+    for no module or classes, ValueError without such layers, for lazy ones, and without a batch."""
+    _check_dense(model, layers)
     sizes, handles = {}, []
     def seen(name, layer, inputs, output):
-        ins, outs = (t.numel() // max(1, t.shape[0]) for t in (inputs[0], output))
-        biased = any(key.rpartition(".")[2] == "bias" for key, _ in layer.named_parameters())
-        sizes[name] = sizes.get(name, 0) + ins * outs + outs * biased
+        _check_batch(name, layer, inputs[0])
+        ins, outs = (t.numel() // len(t) for t in (inputs[0], output))
+        sizes[name] = sizes.get(name, 0) + ins * outs + outs * _biased(layer)
     for name, layer in _outermost(model, layers):
         handles.append(layer.register_forward_hook(lambda *args, name=name: seen(name, *args)))
     need(handles, "model", f"a model with layers of {', '.join(cls.__name__ for cls in layers)}", type(model))
     try:
-        with torch.no_grad(): model(*inputs)
+        with torch.no_grad(), _mode(model, False): model(*inputs)
     finally:
         for handle in handles: handle.remove()
     return sizes
+
+
+def _biased(layer):
+    "Does a layer, or a part of it, add a bias?"
+    if getattr(layer, "bias", None) is not None: return True  # a tied one is no Parameter
+    return any(key.rpartition(".")[2] == "bias" for key, _ in layer.named_parameters())
+
+
+def _check_dense(model, layers):
+    "Raise for what is no module, or no classes of layers, and for lazy layers."
+    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
+    fine = isinstance(layers, tuple) and all(isinstance(cls, type) for cls in layers)
+    need(fine, "layers", "a tuple of classes", layers, TypeError)
+    need(layers, "layers", "at least one class", layers)
+    for name, p in model.named_parameters():
+        need(not nn.parameter.is_lazy(p), "model", "a model that has its weights", f"{name} without")
+
+
+def _check_batch(name, layer, x):
+    "Raise unless a layer's input is a batch with an example."
+    axes = 2
+    if isinstance(layer, nn.modules.conv._ConvNd): axes = layer.weight.ndim
+    if isinstance(layer, (LocallyConnected1d, LocallyConnected2d)): axes = layer.axes + 2
+    if isinstance(layer, (Subsample, PartialConv)): axes = 4
+    need(x.ndim >= axes and len(x) > 0, "inputs", f"a batch for {name or 'the layer'}", tuple(x.shape))
 
 
 def _outermost(module, layers, path=""):
@@ -65,7 +93,9 @@ def _outermost(module, layers, path=""):
 # %% ../nbs/10_cnn.ipynb #1fc35e09
 class GlobalMax(nn.Module):
     "The maximum of each feature map over all positions."
-    def forward(self, x): return x.flatten(2).amax(-1)
+    def forward(self, x):
+        need(tensor(x, "x").ndim > 2, "x", "a tensor of at least 3 axes", tuple(x.shape))
+        return x.flatten(2).amax(-1)
 
 
 def feature_network(

@@ -68,6 +68,8 @@ def relax_layers_(
     groups = layer_groups(scheme, len(stack), groups)
     _changeable(model)
     _check_alike(stack, parts)
+    matrices = any(place.tensor.ndim > 1 for place in stack[0].values())
+    need(matrices, "parts", "at least one matrix in a block", parts)
     _check_free(model, stack, rank)
     plans = [_difference([own[name] for own, g in zip(stack, groups) if g == group], rank, base)
              for group in range(max(groups) + 1) for name, place in stack[0].items()
@@ -171,6 +173,7 @@ class UniversalTransformer(nn.Module):
         y = state if self.signal is None else state + self.signal(state, step)
         y = self.block(y, **options)
         expected = f"a module that keeps the shape {tuple(state.shape)}"
+        need(isinstance(y, Tensor), "block", "a module that returns a tensor", type(y), TypeError)
         need(y.shape == state.shape, "block", expected, tuple(y.shape))
         return torch.where(running[..., None], y, state)
 

@@ -32,20 +32,27 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(words) * math.sqrt(self.embedding_dim)
 
 # %% ../nbs/12_embeddings.ipynb #2a46fc68
+def _check_sizes(vocabulary, inner, dim):
+    "Raise unless sizes are whole, and the rows narrow."
+    whole(vocabulary, "vocabulary", 1)
+    whole(inner, "inner", 1, whole(dim, "dim", 1))
+
+
 class FactorizedEmbedding(nn.Module):
     """A table of narrow rows, and a matrix that widens them; gives vectors of variance 1.
 
-    Raises ValueError for sizes below 1. Source: Lan et al. 2020, section 3.1."""
+    Raises ValueError for sizes below 1, rows wider than what comes out, and padding that is no word. Source: Lan et al. 2020, section 3.1."""
     def __init__(self,
         vocabulary: int,  # words
         inner: int,  # width of the table
         dim: int,  # width that comes out
-        padding_idx: int | None = None,  # a word whose vector is and stays zero
+        padding_idx: int | None = None,  # a word whose vector is zero, and stays so until the table is tied
         device=None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, size in {"vocabulary": vocabulary, "inner": inner, "dim": dim}.items(): whole(size, name, 1)
+        _check_sizes(vocabulary, inner, dim)
+        if padding_idx is not None: whole(padding_idx, "padding_idx", -vocabulary, vocabulary - 1)
         self.table = nn.Embedding(vocabulary, inner, padding_idx, device=device, dtype=dtype)
         self.widen = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
@@ -60,13 +67,14 @@ class FactorizedEmbedding(nn.Module):
         words: Tensor,  # numbers of words, of any shape
     ) -> Tensor:  # with one more axis, of width dim
         "Look narrow rows up, and widen them, times the root of dim."
+        tensor(words, "words", floating=False)
         return self.widen(self.table(words)) * math.sqrt(self.widen.out_features)
 
 # %% ../nbs/12_embeddings.ipynb #9aeedd30
 class FactorizedHead(nn.Module):
     """Logits by a matrix that narrows and a table of narrow rows; the mirror of `FactorizedEmbedding`.
 
-    Raises ValueError for sizes below 1."""
+    Raises ValueError for sizes below 1, and rows wider than what comes in."""
     def __init__(self,
         vocabulary: int,  # words
         inner: int,  # width of the table
@@ -75,7 +83,7 @@ class FactorizedHead(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for name, size in {"vocabulary": vocabulary, "inner": inner, "dim": dim}.items(): whole(size, name, 1)
+        _check_sizes(vocabulary, inner, dim)
         self.narrow = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
         self.table = nn.Linear(inner, vocabulary, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
@@ -89,6 +97,9 @@ class FactorizedHead(nn.Module):
         h: Tensor,  # (batch, positions, dim)
     ) -> Tensor:  # (batch, positions, vocabulary)
         "Score every word."
+        tensor(h, "h", floating=True)
+        dim = self.narrow.in_features
+        need(h.ndim and h.shape[-1] == dim, "h", f"a last axis of {dim}", tuple(h.shape))
         return self.table(self.narrow(h))
 
 # %% ../nbs/12_embeddings.ipynb #84fa05df
@@ -96,6 +107,7 @@ def tie_head_(
     model: nn.Module,
     embedding: str = "embedding",  # name of an nn.Embedding, or a FactorizedEmbedding
     head: str = "head",  # name of an nn.Linear, or a FactorizedHead
+    padding: str | None = None,  # of the padding row, as of `tie_`: "mask" its logit, or "train" it
 ) -> Ties:  # those of the model
     """Let a head use the weights of the embedding, through the transpose where they are factorized.
 
@@ -111,18 +123,18 @@ def tie_head_(
     factorized = isinstance(parts[embedding], FactorizedEmbedding)
     expected = f"{kinds['head'][factorized].__name__} with {type(parts[embedding]).__name__} as embedding"
     need(isinstance(parts[head], kinds["head"][factorized]), "head", expected, type(parts[head]), TypeError)
-    if not factorized: tie_(model, [f"{embedding}.weight", f"{head}.weight"])
-    else: _tie_factors(model, embedding, head)
+    if factorized: _tie_factors(model, embedding, head, padding)
+    else: tie_(model, [f"{embedding}.weight", f"{head}.weight"], padding=padding)
     return find_ties(model)
 
 
-def _tie_factors(model, embedding, head):
+def _tie_factors(model, embedding, head, padding):
     "Tie the tables, and the matrices through a transpose: both, or none."
     matrices, map = [f"{embedding}.widen.weight", f"{head}.narrow.weight"], Transpose()
     members, found = _members(model, matrices)
     _check_members(members, map, None)
     _check_mapped(members, found, map)
-    tie_(model, [f"{embedding}.table.weight", f"{head}.table.weight"])
+    tie_(model, [f"{embedding}.table.weight", f"{head}.table.weight"], padding=padding)
     tie_(model, matrices, map)
 
 # %% ../nbs/12_embeddings.ipynb #2d80e835
@@ -133,9 +145,11 @@ def factorized(
 ) -> FactorizedEmbedding:  # with the mode, type and place of the old table
     """The nearest factorized embedding, in the least squares.
 
-    Raises TypeError for another layer, ValueError for a width beyond a side of the table, and for NaN.
+    `sparse` and `scale_grad_by_freq` carry over. Raises TypeError for another layer, ValueError for a width
+    beyond a side of the table, for max_norm, which a product cannot keep, and for NaN.
     Source: Eckart and Young 1936."""
     need(isinstance(embedding, nn.Embedding), "embedding", "nn.Embedding", type(embedding), TypeError)
+    need(embedding.max_norm is None, "embedding", "a table without max_norm", embedding)
     weight = embedding.weight.detach()
     whole(inner, "inner", 1, min(weight.shape))
     if not weight.is_meta: tensor(weight, "embedding.weight", finite=True)
@@ -147,4 +161,5 @@ def factorized(
     made.table.weight.copy_(left[:, :inner] * size * scale)
     made.widen.weight.copy_(right[:inner].T * size)
     made.requires_grad_(embedding.weight.requires_grad)
+    for name in ("sparse", "scale_grad_by_freq"): setattr(made.table, name, getattr(embedding, name))
     return made.train(embedding.training)

@@ -25,17 +25,19 @@ def gradient_by_step(
 ) -> dict[str, Tensor]:  # by name in the cell: the gradient of each step's use, (n, *shape of the weight)
     """What each step contributes to the gradient of the weights that it uses; the sum is the gradient.
 
-    Raises TypeError or ValueError where `unrolled` cannot read x, or the loss gives no scalar.
-    Source: Pascanu, Mikolov and Bengio 2013, equations 3 to 5."""
+    Raises TypeError or ValueError where `unrolled` cannot read x, or the loss gives no scalar
+    that depends on the outputs. Source: Pascanu, Mikolov and Bengio 2013."""
     need(isinstance(unrolled, Unrolled), "unrolled", "an Unrolled", type(unrolled), TypeError)
     function(loss, "loss", ["outputs", "state"])
     cells, x, state, lengths = unrolled.checked(x, state, lengths)
     copies = [deepcopy(cell) for cell in cells]
-    outputs, last = _loop(copies, x, state, lengths)
-    value = loss(outputs if unrolled.batch_first else outputs.transpose(0, 1), last)
-    tensor(value, "what loss gives", floating=True, shape=())
     names = [name for name, p in copies[0].named_parameters() if p.requires_grad]
     need(names, "unrolled", "cells with a parameter that trains", type(cells[0]))
+    with torch.enable_grad():
+        outputs, last = _loop(copies, x, state, lengths)
+        value = loss(outputs if unrolled.batch_first else outputs.transpose(0, 1), last)
+    tensor(value, "what loss gives", floating=True, shape=())
+    need(value.requires_grad, "loss", "one that depends on the outputs or the state", "a constant")
     weights = [dict(copy.named_parameters())[name] for name in names for copy in copies]
     grads = torch.autograd.grad(value, weights, materialize_grads=True)
     n = len(copies)
@@ -68,7 +70,7 @@ def state_jacobians(
     """The derivative of each state by the one before it, s numbers wide.
 
     Raises TypeError or ValueError for what cannot be read, and for states that are no tensors.
-    Source: Pascanu, Mikolov and Bengio 2013, equation 5."""
+    Source: Pascanu, Mikolov and Bengio 2013."""
     need(isinstance(unrolled, Unrolled), "unrolled", "an Unrolled", type(unrolled), TypeError)
     cells, x, state, _ = unrolled.checked(x, state)
     need(len(cells) > 1, "x", "two steps or more", len(cells))
@@ -85,7 +87,7 @@ def chain_norms(
     """Norms of the products of the last k factors, k = 0, …, n - 1.
 
     Raises TypeError or ValueError for another shape.
-    Source: Pascanu, Mikolov and Bengio 2013, equation 5."""
+    Source: Pascanu, Mikolov and Bengio 2013."""
     tensor(factors, "factors", floating=True, ndim=4, filled=True)
     need(factors.shape[2] == factors.shape[3], "factors", "square matrices",
          tuple(factors.shape))

@@ -29,11 +29,15 @@ class _Heads(NamedTuple):
     width: int     # of each head
 
 
+_SUPPORTED = "Attention, or attention as in LLaMA models (q_proj, k_proj, v_proj, num_key_value_groups),"
+
+
 def _heads_of(path, module):
     "The heads of an attention that has maps of its own for keys and values; None for another module."
     if isinstance(module, nn.MultiheadAttention):
-        raise ValueError("model: attention with separate maps for keys and values is expected, got "
-                         f"MultiheadAttention at {path!r}; from_multihead makes an Attention of it")
+        raise ValueError(f"model: {_SUPPORTED} is expected, got MultiheadAttention at {path!r}, which holds queries, "
+                         "keys and values in one matrix; from_multihead makes an Attention of it, for blocks that "
+                         "call it with x alone, as Block does")
     own = isinstance(module, Attention)
     if not own and not (hasattr(module, "num_key_value_groups") and hasattr(module, "head_dim")): return None
     names = {name: name if own else f"{name[0]}_proj" for name in ("q", "k", "v", "out")}
@@ -51,7 +55,7 @@ def _all_heads(model):
     "The heads of every attention of a model, under each of its paths."
     found = [_heads_of(path, module) for path, module in module_paths(model)]
     found = [at for at in found if at]
-    need(found, "model", "one with attention that has maps of its own for keys and values", type(model))
+    need(found, "model", f"one with {_SUPPORTED}", type(model))
     return found
 
 # %% ../nbs/12_heads.ipynb #5773204c

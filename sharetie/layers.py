@@ -53,7 +53,7 @@ def _fitting(scheme, n, groups):
     if fixed:
         fine = groups is None or whole(groups, "groups") == fixed
         need(fine, "groups", f"{fixed} for {scheme!r}", groups)
-        need(n >= fixed, "scheme", f"one for {n} layers", f"{scheme!r}, which needs {fixed}")
+        if n < fixed: raise ValueError(f"scheme: {scheme!r} needs at least {fixed} layers, got {n}")
         return fixed
     divisors = [m for m in range(1, n + 1) if n % m == 0]
     expected = f"a divisor of the {n} layers ({', '.join(map(str, divisors))})"
@@ -93,8 +93,10 @@ def _block_list(model, at):
     need(isinstance(model, nn.Module), "model", expected, type(model), TypeError)
     if at is not None:
         lists = {path: module for path, module in module_paths(model) if path and _is_list(module)}
-        path, = match_names(lists, at, "at", one=True)
-        return path, lists[path]
+        hits = match_names(lists, at, "at")
+        names = ", ".join(map(repr, hits[:2]))
+        need(len(hits) == 1, "at", f"the name of one list of blocks, such as {names},", at)
+        return hits[0], lists[hits[0]]
     lists = _lists(model, nn.ModuleList) or _lists(model, nn.Sequential)
     need(lists, "model", "a model with a list of two or more blocks of one class", type(model))
     names = ", ".join(map(repr, lists))

@@ -113,6 +113,8 @@ class _LocallyConnected(nn.Module):
     def __init__(self, settings, bias, device, dtype):
         super().__init__()
         need(isinstance(bias, bool), "bias", "True or False", bias, TypeError)
+        fine = dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        need(fine, "dtype", "a floating point type", dtype, TypeError)
         for name, value in settings.items(): setattr(self, name, value)
         filters = self.out_channels, self.in_channels // self.groups, *self.kernel_size
         def fresh(*shape): return nn.Parameter(torch.empty(*self.positions, *shape, device=device, dtype=dtype))
@@ -163,15 +165,22 @@ def _check_input(layer, x):
     n, size = layer.axes, tuple(x.shape) if isinstance(x, Tensor) else None
     need(size is not None, "x", "a tensor", x, TypeError)
     need(len(size) in (n + 1, n + 2), "x", f"a tensor of {n + 1} or {n + 2} axes", size)
-    need(size[-n - 1] == layer.in_channels, "x", f"{layer.in_channels} channels", size[-n - 1])
+    expected = f"a tensor of {layer.in_channels} channels"
+    need(size[-n - 1] == layer.in_channels, "x", expected, size[-n - 1])
     fine = size[-n:] == layer.input_size
     need(fine, "x", f"the size {layer.input_size} that the layer was built for", size[-n:])
+    own, kind = layer.weight.dtype, x.device.type
+    if x.dtype != own:
+        low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        fine = low and x.is_floating_point() and torch.float64 not in (x.dtype, own)
+        need(fine, "x", f"the weight's type {own}", x.dtype, TypeError)
 
 
 def _as_computed(x):
     "Under autocast, what products are computed in, so that windows are gathered in it."
     kind = x.device.type
-    low = x.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+    fine = x.dtype == torch.float32 and torch.amp.is_autocast_available(kind)
+    low = fine and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if low else x
 
 # %% ../nbs/10_local.ipynb #7fe2a6fb
@@ -237,6 +246,12 @@ class Everywhere(Map):
     def extra_repr(self): return " × ".join(map(str, self.positions))
 
 # %% ../nbs/10_local.ipynb #1ca17b8d
+def _check_made(layer, argument):
+    "Raise for a lazy layer that has no weight yet."
+    lazy = nn.parameter.is_lazy(getattr(layer, "weight", None))
+    need(not lazy, argument, "a layer with a weight", type(layer))
+
+
 def unshare(
     conv: nn.Conv1d | nn.Conv2d,  # padded with zeros
     input_size: int | tuple[int, ...],  # of what it will see
@@ -247,6 +262,7 @@ def unshare(
     kinds = {nn.Conv1d: LocallyConnected1d, nn.Conv2d: LocallyConnected2d}
     kind = next((kinds[cls] for cls in kinds if isinstance(conv, cls)), None)
     need(kind is not None, "conv", "a Conv1d or Conv2d", type(conv), TypeError)
+    _check_made(conv, "conv")
     need(conv.padding_mode == "zeros", "conv", "a layer with padding_mode='zeros'", conv.padding_mode)
     own = conv.weight
     local = kind(conv.in_channels, conv.out_channels, input_size, conv.kernel_size, conv.stride,
@@ -259,9 +275,10 @@ def unshare(
 # %% ../nbs/10_local.ipynb #3afcd3c4
 def _meetings(small, large, pads, kernel, stride, dilation, circular):
     "All (tap, p, q) as flat numbers, by @eq-local-meet: three tensors, only those inside."
-    taps, p, q = (torch.zeros(1, dtype=torch.int64) for _ in range(3))
+    here = {"dtype": torch.int64, "device": "cpu"}
+    taps, p, q = (torch.zeros(1, **here) for _ in range(3))
     for m, n, (before, _), k, s, d in zip(small, large, pads, kernel, stride, dilation):
-        t, a = torch.meshgrid(torch.arange(k), torch.arange(m), indexing="ij")
+        t, a = torch.meshgrid(torch.arange(k, **here), torch.arange(m, **here), indexing="ij")
         at = s * a - before + d * t
         at, inside = (at % n, at >= 0) if circular else (at, (at >= 0) & (at < n))
         inside = inside | circular
@@ -296,11 +313,12 @@ def sharing_pattern(
 
     Raises TypeError for another layer, ValueError for sizes that do not fit and padding other than zeros
     or circular. Source: Goodfellow, Bengio and Courville 2016, section 9.1."""
+    _check_made(layer, "layer")
     if isinstance(layer, nn.Linear):
         own = layer.in_features
         size = own if input_size is None else _sizes(input_size, "input_size", 1, 1)[0]
         need(size == own, "input_size", f"{own}, as the layer has inputs,", size)
-        return torch.arange(layer.out_features * own).view(-1, own)
+        return torch.arange(layer.out_features * own, device="cpu").view(-1, own)
     kinds = nn.modules.conv._ConvNd, _LocallyConnected
     expected = "a convolution, locally connected or Linear layer"
     need(isinstance(layer, kinds), "layer", expected, type(layer), TypeError)
@@ -320,11 +338,13 @@ def _pattern(layer, input_size):
     taps, p, q = _meetings(small, large, *how)
     own = isinstance(layer, _LocallyConnected)
     near, far = layer.weight.shape[layer.axes:][:2] if own else layer.weight.shape[:2]
-    a, b = torch.arange(near)[:, None, None], torch.arange(far)[:, None]
+    a, b = (torch.arange(n, device="cpu")[:, None] for n in (near, far))
+    a = a[:, None]
     filters = (a * far + b) * math.prod(layer.kernel_size) + taps
     if own: filters = filters + p * (near * far * math.prod(layer.kernel_size))
     channel = a // (near // layer.groups) * far + b
-    pattern = torch.full((near * math.prod(small), far * layer.groups * math.prod(large)), -1)
+    size = near * math.prod(small), far * layer.groups * math.prod(large)
+    pattern = torch.full(size, -1, device="cpu")
     rows, cols = a * math.prod(small) + p, channel * math.prod(large) + q
     pattern[rows.expand_as(filters), cols.expand_as(filters)] = filters
     return pattern.T.contiguous() if transposed else pattern

@@ -173,11 +173,15 @@ class Orbit(Map):
         return self._here
 
     def forward(self, source):
+        if source.shape != (self.free,):
+            need(False, "source", f"a tensor of shape ({self.free},)", tuple(source.shape))
         values = F.pad(source, (0, 1)) if self.zeros else source
         return values.index_select(0, self.index(source)).view(self.shape)
 
     def inverse(self, member):
         "The mean over each orbit."
+        if member.numel() != math.prod(self.shape):
+            need(False, "member", f"a tensor of shape {self.shape}", tuple(member.shape))
         index, wide = self.index(member), torch.promote_types(member.dtype, torch.float32)
         total = member.new_zeros(self.free + 1, dtype=wide)
         count = total.index_add(0, index, torch.ones_like(index, dtype=wide))
@@ -196,10 +200,13 @@ def share_orbits_(
 ) -> Ties:  # of the layer
     """Tie weight and bias so that the layer is equivariant to every generator.
 
-    Raises TypeError or ValueError, before anything changes, as `orbits` does, for a layer whose
-    Parameters are computed, or parts of orbits. Source: Ravanbakhsh et al. 2017."""
+    Stride, padding, dilation and kernel of a convolution must have the symmetry, too: that is
+    not checked. With groups, a generator must keep the outputs of each together. Raises TypeError
+    or ValueError, before anything changes, as `orbits` does, for a layer whose Parameters are
+    computed, or parts of orbits. Source: Ravanbakhsh et al. 2017."""
     shape = _check_layer(layer, shape)
     axes, maps = _permutations(generators, shape), {}
+    _check_groups(layer, axes, shape)
     labels = _orbits(axes, shape).view(layer.weight.shape)
     maps["weight"] = Orbit(labels if keep is None else _kept(labels, keep))
     if layer.bias is not None:
@@ -248,6 +255,20 @@ def _check_layer(layer, shape):
     fine = math.prod(shape := _shape(shape)) == math.prod(weight)
     need(fine, "shape", f"{math.prod(weight)} entries, as the weight {weight} has,", shape)
     return shape
+
+
+def _check_groups(layer, generators, shape):
+    "Raise where a generator takes outputs of one group, which share their inputs, to several."
+    groups = getattr(layer, "groups", 1)
+    if groups == 1: return
+    count = layer.out_channels
+    outputs = _outputs(shape, count)
+    index = torch.arange(count, device="cpu").view(shape[:outputs])
+    for i, axes in enumerate(generators):
+        moved = _moved(index, axes[:outputs])
+        group = moved.view(groups, -1) // (count // groups)
+        expected = f"outputs of each of {groups} groups to one group"
+        need(bool((group == group[:, :1]).all()), f"generators[{i}]", expected, moved.tolist())
 
 
 def _outputs(shape, count):

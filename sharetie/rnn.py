@@ -96,21 +96,29 @@ def chunk_f1(
 ) -> ChunkScore:
     """Precision, recall and F1 of chunks, and accuracy of tags, by the rules of `conlleval`.
 
-    Raises TypeError or ValueError for what is no tag, and for sentences of different length.
+    Raises TypeError or ValueError for what is no tag or kind, and for sentences of different length.
     Source: Tjong Kim Sang and Buchholz 2000."""
     for name, value in (("truth", truth), ("guess", guess)):
         need(isinstance(value, (list, tuple)), name, "a list of sentences, lists of tags,",
              value, TypeError)
     need(len(truth) == len(guess), "guess", f"as many sentences as in truth, {len(truth)},",
          len(guess))
-    right = guessed = true = same = words = 0
+    need(kind is None or isinstance(kind, str), "kind", "text, such as 'NP', or None,", kind,
+         TypeError)
+    right, guessed, true, same, words, kinds = 0, 0, 0, 0, 0, set()
     for i, (tags, others) in enumerate(zip(truth, guess)):
         a, b = set(chunks(tags)), set(chunks(others))
         need(len(tags) == len(others), f"guess[{i}]", f"as many tags as in truth, {len(tags)},",
              len(others))
+        kinds |= {c.kind for c in a | b}
+        kinds |= {c.kind for c in a | b}
         if kind is not None: a, b = ({c for c in cs if c.kind == kind} for cs in (a, b))
         right, guessed, true = right + len(a & b), guessed + len(b), true + len(a)
         same, words = same + sum(map(str.__eq__, tags, others)), words + len(tags)
+    present = f"one of the kinds that are there ({', '.join(sorted(kinds)) or 'none'})"
+    need(kind is None or kind in kinds, "kind", present, kind)
+    present = f"one of the kinds that are there ({', '.join(sorted(kinds)) or 'none'})"
+    need(kind is None or kind in kinds, "kind", present, kind)
     return _score(right, guessed, true, same / words if words else 0.0)
 
 # %% ../nbs/11_rnn.ipynb #b069841c
@@ -211,11 +219,35 @@ class Bidirectional(nn.Module):
                      (0, 0, 0, alive.shape[1] - both.shape[1]))
 
 # %% ../nbs/11_rnn.ipynb #6c943030
+def _word_counts(words):
+    "How many words each sentence has, (b,); ValueError for none, or for padding before a word."
+    counts = (words != 0).sum(1)
+    if words.is_meta or torch.compiler.is_compiling(): return counts
+    inside = torch.arange(words.shape[1], device=words.device) < counts[:, None]
+    for row in (counts == 0).nonzero()[:1, 0].tolist():
+        need(False, f"x[{row}]", "a sentence of one word or more", "padding, 0,")
+    for row, i in ((words == 0) & inside).nonzero()[:1].tolist():
+        need(False, f"x[{row}, {i}]", "a word (padding, 0, comes after the last one)", 0)
+    return counts
+
+
+def _word_counts(words):
+    "How many words each sentence has, (b,); ValueError for none, or for padding before a word."
+    counts = (words != 0).sum(1)
+    if words.is_meta or torch.compiler.is_compiling(): return counts
+    inside = torch.arange(words.shape[1], device=words.device) < counts[:, None]
+    for row in (counts == 0).nonzero()[:1, 0].tolist():
+        need(False, f"x[{row}]", "a sentence of one word or more", "padding, 0,")
+    for row, i in ((words == 0) & inside).nonzero()[:1].tolist():
+        need(False, f"x[{row}, {i}]", "a word (padding, 0, comes after the last one)", 0)
+    return counts
+
+
 class Tagger(nn.Module):
     """Scores of tags for each word, from LSTM cells that are shared over time.
 
-    Raises TypeError or ValueError for other arguments. Source: Huang, Xu and Yu 2015, without the
-    features and the random field of theirs."""
+    Raises TypeError or ValueError for other arguments, and for padding before a word. Source: Huang,
+    Xu and Yu 2015, without the features and the random field of theirs."""
     def __init__(self,
         sizes: Sequence[int],  # for each column of the input, how many symbols; 0 of the first is padding
         tags: int,  # how many
@@ -238,9 +270,10 @@ class Tagger(nn.Module):
         self.head = nn.Linear(hidden * (1 + (reads != "ahead")), tags)
 
     def forward(self, x):
+        x = tensor(x, "x", floating=False)
         x = x[..., None] if x.ndim == 2 else x
-        tensor(x, "x", floating=False, shape=(None, None, len(self.embeddings)))
-        lengths = (x[..., 0] != 0).sum(1)
+        tensor(x, "x", shape=(None, None, len(self.embeddings)))
+        lengths = _word_counts(x[..., 0])
         vectors = [table(column) for table, column in zip(self.embeddings, x.unbind(-1))]
         vectors = torch.cat(vectors, -1)
         if isinstance(self.read, Unrolled): return self.head(self.read(vectors)[0])

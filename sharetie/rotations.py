@@ -96,6 +96,7 @@ class FilterBank(Map):
         self._home = self._here = _both_ways(copies)
 
     def forward(self, source):
+        _check_size(source, "source", math.prod(self.filters))
         there, back = _lists(self, source)
         if torch.compiler.is_compiling(): copies = source.flatten(1).index_select(1, there)
         else: copies = _Turn.apply(source.flatten(1), there, back, self.size)
@@ -103,11 +104,20 @@ class FilterBank(Map):
 
     def inverse(self, member):
         "The filters whose copies are nearest in the least squares: means over the copies."
+        _check_size(member, "member", math.prod(self.taken), self.size)
         copies = member.reshape(-1, self.size * math.prod(self.filters))
         total = _TurnBack.apply(copies, *_lists(self, member), self.size)
         return total.view(-1, *self.filters) / self.size
 
     def extra_repr(self): return f"{self.filters} to {self.size} × {self.taken}, {self.group}"
+
+
+def _check_size(value, argument, own, copies=1):
+    "Raise unless a tensor is filters of `own` weights each, and `copies` of them, or a multiple."
+    fine = value.ndim and math.prod(value.shape[1:]) == own and len(value) % copies == 0
+    expected = f"a tensor of filters with {own} weights each"
+    if copies > 1: expected += f", as many as a multiple of {copies},"
+    if not fine: need(False, argument, expected, tuple(value.shape))
 
 
 def _flag(value, argument):
@@ -197,6 +207,8 @@ class GroupConv2d(nn.Module):
         self.kernel_size, self.group, self.lifting = kernel_size, group, lifting
         self.size, self.stride = GROUPS[group], whole(stride, "stride", 1)
         self.padding = whole(padding, "padding", 0)
+        fine = dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        need(fine, "dtype", "a floating point type", dtype, TypeError)
         new = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_channels, *self.bank.filters, **new))
         own = torch.empty(out_channels, **new) if _flag(bias, "bias") else None
@@ -232,8 +244,9 @@ def _check_maps(layer, x):
     fine = isinstance(x, Tensor) and x.ndim == axes and x.is_floating_point()
     if not fine: tensor(x, "x", True, axes)
     c, g, h = x.shape[1], x.shape[2], x.shape[-1]
-    if c != layer.in_channels: need(False, "x", f"{layer.in_channels} channels", c)
-    if axes == 5 and g != layer.size: need(False, "x", f"{layer.size} elements of {layer.group}", g)
+    if c != layer.in_channels: need(False, "x", f"a tensor of {layer.in_channels} channels", c)
+    expected = f"an axis 2 of {layer.size} elements, as {layer.group} has,"
+    if axes == 5 and g != layer.size: need(False, "x", expected, g)
     _check_square(x)
     span = h + 2 * layer.padding - k
     if span < 0: need(False, "x", f"a height of at least kernel_size={k}, with padding,", span + k)
@@ -344,7 +357,7 @@ def rotate(
     cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
     zero = torch.zeros_like(cos)
     rows = torch.stack([cos, -sin, zero], -1), torch.stack([sin, cos, zero], -1)
-    grid = F.affine_grid(torch.stack(rows, -2), images.shape, align_corners=False)
+    grid = F.affine_grid(torch.stack(rows, -2).to(images.dtype), images.shape, align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
 # %% ../nbs/10_rotations.ipynb #74ecc0f8

@@ -35,7 +35,7 @@ def equivariance_error(
     tensor(x, "x", filled=True)
     need(not x.is_meta, "x", "a tensor with values", "meta")
     with torch.no_grad(), _mode(f, False) if isinstance(f, nn.Module) else nullcontext():
-        plain, moved = _output(f(x), "f(x)"), _output(f(transform_in(x)), "f(T x)")
+        plain, moved = _output(f(x), "f(x)"), _output(f(_moved(transform_in(x))), "f(T x)")
         pair = [moved, _output(transform_out(plain), "T' f(x)")]
     if inside is not None: plain, *pair = (_output(inside(y), "inside") for y in (plain, *pair))
     return _relative(*pair, plain)
@@ -46,6 +46,12 @@ def _output(y, name):
     fine = isinstance(y, Tensor) and (y.is_floating_point() or y.is_complex())
     need(fine, name, "a floating point tensor", y, TypeError)
     return tensor(y, name, filled=True, finite=True)
+
+
+def _moved(x):
+    "A tensor, as `transform_in` must return it."
+    need(isinstance(x, Tensor), "transform_in", "a function that returns a tensor", x, TypeError)
+    return x
 
 
 def _relative(a, b, plain):
@@ -71,8 +77,8 @@ class BlurPool2d(nn.Module):
         self.size, self.stride = whole(size, "size", 1), whole(stride, "stride", 1)
         modes = ["reflect", "replicate", "circular"]
         self.padding_mode = one_of(padding_mode, "padding_mode", modes)
-        row = torch.tensor([float(math.comb(size - 1, i)) for i in range(size)])
-        self.register_buffer("kernel", row[:, None] * row / 4 ** (size - 1))
+        row = torch.tensor([math.comb(size - 1, i) / 2 ** (size - 1) for i in range(size)])
+        self.register_buffer("kernel", row[:, None] * row)
 
     def forward(self,
         x: Tensor,  # (b, c, h, w)

@@ -82,6 +82,9 @@ def help_text(
     return HelpText(encode(train), encode(valid), hashlib.sha256("".join(paragraphs).encode()).hexdigest())
 
 # %% ../nbs/12_transformer.ipynb #55cd3737
+def _outside(x, n): return f"x: numbers from 0 to {n - 1} are expected, got {x.min()} to {x.max()}"
+
+
 class CharacterModel(nn.Module):
     """A causal transformer over characters, its embedding tied to its head.
 
@@ -106,11 +109,20 @@ class CharacterModel(nn.Module):
     ) -> Tensor:  # (batch, positions, characters of the alphabet)
         "A score for every next character."
         tensor(x, "x", floating=False, ndim=2)
-        h = self.embedding(x) + positions(x.shape[1], self.embedding.embedding_dim, device=x.device)
+        try: h = self.embedding(x)
+        except IndexError: raise ValueError(_outside(x, len(ALPHABET))) from None
+        h = h + positions(x.shape[1], self.embedding.embedding_dim, device=x.device)
         for block in self.blocks: h = block(h)
         return self.head(self.norm(h))
 
 # %% ../nbs/12_transformer.ipynb #11c2bb5f
+def _fitting_length(text, length):
+    "The length of a window, if the text has one of it and a character after."
+    tensor(text, "text", floating=False, ndim=1)
+    need(len(text) > 1, "text", "a text of at least two characters", len(text))
+    return whole(length, "length", 1, len(text) - 1)
+
+
 def windows(
     text: Tensor,  # (characters,)
     count: int,  # of windows
@@ -118,8 +130,7 @@ def windows(
     seed: int = 0,  # of the places
 ) -> tuple[Tensor, Tensor]:  # two of (count, length); the second is one character further
     "Windows at random places, and what comes after each of their characters."
-    tensor(text, "text", floating=False, ndim=1)
-    length = whole(length, "length", 1, len(text) - 1)
+    length = _fitting_length(text, length)
     generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
     start = torch.randint(len(text) - length, (whole(count, "count", 1), 1), generator=generator)
     found = text[start + torch.arange(length + 1)]
@@ -141,6 +152,7 @@ def train_characters(
     """Train a model to tell the next character.
 
     Raises TypeError or ValueError as `windows` and `fit` do."""
+    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     steps, rate = whole(steps, "steps", 1), real(rate, "rate", above=0)
     optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98), fused=True)
     def factor(step): return min((step + 1) / 20, (1 + math.cos(math.pi * step / steps)) / 2)
@@ -158,8 +170,8 @@ def bits_per_character(
     """Mean information in the next character given those before it in its window, in bits.
 
     The windows follow one another. Raises TypeError or ValueError for text that has not one window."""
-    tensor(text, "text", floating=False, ndim=1)
-    length = whole(length, "length", 1, len(text) - 1)
+    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
+    length = _fitting_length(text, length)
     n = (len(text) - 1) // length * length
     x, y = text[:n].unflatten(0, (-1, length)), text[1:n + 1].unflatten(0, (-1, length))
     with torch.no_grad(), _mode(model, False):

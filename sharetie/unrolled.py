@@ -7,6 +7,7 @@ __all__ = ['Unrolled']
 
 # %% ../nbs/11_unrolled.ipynb #77cb5402
 from copy import deepcopy
+from functools import partial
 from itertools import groupby, repeat
 
 import torch
@@ -38,20 +39,32 @@ def _step(cell, x, state):
     return made
 
 # %% ../nbs/11_unrolled.ipynb #4d7291c0
+_STATE = "one whose state is tensors, with the batch first and of one size at all steps,"
+
+
 def _map(f, *states):
     "`f` of the tensors of states that are nested alike."
-    first = states[0]
-    if isinstance(first, dict):
-        return {key: _map(f, *(s[key] for s in states)) for key in first}
-    if isinstance(first, (tuple, list)):
-        parts = [_map(f, *part) for part in zip(*states)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return f(*states)
+    first, kinds = states[0], (dict, (tuple, list), Tensor)
+    kind = next((kind for kind in kinds if isinstance(first, kind)), ())
+    alike = all(isinstance(s, kind) and (kind is Tensor or len(s) == len(first)) for s in states)
+    if kind is dict: alike = alike and all(s.keys() == first.keys() for s in states)
+    need(alike, "cell", _STATE, states if len(states) > 1 else first, TypeError)
+    if kind is Tensor: return f(*states)
+    if kind is dict: return {key: _map(f, *(s[key] for s in states)) for key in first}
+    parts = [_map(f, *part) for part in zip(*states)]
+    return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
 
 
 def _where(alive, new, old):
     "`new` for the sequences that are alive, `old` for the others."
     return torch.where(alive.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _next_state(alive, new, old):
+    "The new state of the sequences that are alive, the old one of the others."
+    fine = new.shape == old.shape and new.shape[:1] == alive.shape
+    need(fine, "cell", _STATE, [tuple(old.shape), tuple(new.shape)], TypeError)
+    return _where(alive, new, old)
 
 # %% ../nbs/11_unrolled.ipynb #ea7bcab7
 def _lengths(lengths, b, n):
@@ -63,6 +76,7 @@ def _lengths(lengths, b, n):
     need(tuple(lengths.shape) == (b,), "lengths",
          f"one for each of {b} sequences, of shape ({b},),", tuple(lengths.shape))
     lengths = lengths.detach().cpu().long()
+    if torch.compiler.is_compiling(): return lengths  # its values are not known yet
     for bad in lengths[(lengths < 1) | (lengths > n)].tolist():
         need(False, "lengths", f"whole numbers from 1 to {n}, the steps of x,", bad)
     return lengths
@@ -71,13 +85,15 @@ def _lengths(lengths, b, n):
 def _loop(cells, x, state, lengths):
     "Outputs (b, n, …) and last states, one step at a time."
     outputs, ends = [], None if lengths is None else lengths.to(x.device)
-    least = x.shape[1] if lengths is None else int(lengths.min())
+    least = x.shape[1]  # steps that no sequence ends before
+    if lengths is not None: least = 1 if torch.compiler.is_compiling() else int(lengths.min())
     for t, (cell, step) in enumerate(zip(cells, x.unbind(1))):
+        alive = None if t < least else t < ends
+        if alive is not None: step = _where(alive, step, torch.zeros_like(step))
         before, (out, state) = state, _step(cell, step, state)
-        if t >= least:
-            alive = t < ends
+        if alive is not None:
             out = _where(alive, out, torch.zeros_like(out))
-            state = _map(lambda new, old: _where(alive, new, old), state, before)
+            state = _map(partial(_next_state, alive), state, before)
         outputs.append(out)
     return torch.stack(outputs, 1), state
 
@@ -201,7 +217,9 @@ class _Steps(nn.Module):
         _check_input(cells[0], x)
         b, n = x.shape[:2]
         shared = self.sharing == "all" and len(set(cells)) == 1
-        longest = f"at most {self.steps} steps (sharing={self.sharing!r} has no weights for more)"
+        why = f"sharing={self.sharing!r} has no weights for more"
+        if self.sharing == "all": why = "its cells are no longer one, and it has none for more"
+        longest = f"at most {self.steps} steps ({why})"
         need(shared or n <= self.steps, "x", longest, n)
         lengths = None if lengths is None else _lengths(lengths, b, n)
         state = _first_state(cells[0], x, state)
@@ -229,10 +247,9 @@ def _blocks(sharing, steps):
 class Unrolled(_Steps):
     """A cell unrolled over time, with its weights shared by all steps, by blocks of steps, or by none.
 
-    Called with x (b, n, d), a first state and lengths, it returns outputs (b, n,
-        h), zero after the
-    end of each sequence, and the state of each at its end. Raises TypeError or ValueError for what is no cell,
-    and for lengths and blocks that do not fit. Source: Goodfellow et al. 2016, section 10.1."""
+    Called with x (b, n, d), a first state and lengths, it returns outputs (b, n, h), zero after the
+    end of each sequence, and the state of each at its end. Raises TypeError or ValueError for what is
+    no cell, and for lengths and blocks that do not fit. Source: Goodfellow et al. 2016, section 10.1."""
     def __init__(self,
         cell: nn.Module,  # called with (x, state); gives a tensor, or (output, state), or is of PyTorch's
         steps: int,  # T; more may follow where all share

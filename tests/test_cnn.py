@@ -149,3 +149,34 @@ def test_global_max():
 ])
 def test_bad_calls(call, error, message):
     with pytest.raises(error, match=message): call()
+
+
+def test_dense_sizes_of_group_convolutions_and_tied_biases():
+    lift = rotations.GroupConv2d(1, 2, 3, lifting=True)
+    assert dense_sizes(nn.Sequential(lift), torch.zeros(2, 1, 5, 5)) == {"0": 25 * 72 + 72}
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = dense_sizes(model, torch.zeros(2, 4))
+    orbits.share_orbits_(model[1], orbits.shifts(4))
+    assert dense_sizes(model, torch.zeros(2, 4)) == before == {"0": 20, "1": 20}
+
+
+def test_dense_sizes_leave_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout())
+    before = copy.deepcopy(model.state_dict())
+    dense_sizes(model, torch.rand(2, 1, 5, 5))
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda: dense_sizes(nn.Conv2d(1, 2, 3), torch.zeros(1, 5, 5)), ValueError, "inputs: a batch for the layer is expected"),
+    (lambda: dense_sizes(nn.Linear(4, 2), torch.zeros(4)), ValueError, "inputs: a batch"),
+    (lambda: dense_sizes(nn.Sequential(nn.Linear(4, 2)), torch.zeros(0, 4)), ValueError, "inputs: a batch for 0 is expected"),
+    (lambda: dense_sizes(LocallyConnected2d(1, 2, 5, 3), torch.zeros(1, 5, 5)), ValueError, "inputs: a batch"),
+    (lambda: dense_sizes(nn.Linear(4, 2), torch.zeros(1, 4), layers=nn.Linear), TypeError, "layers: a tuple of classes"),
+    (lambda: dense_sizes(nn.Linear(4, 2), torch.zeros(1, 4), layers=[nn.Linear]), TypeError, "layers: a tuple of classes"),
+    (lambda: dense_sizes(nn.Linear(4, 2), torch.zeros(1, 4), layers=()), ValueError, "layers: at least one class"),
+    (lambda: dense_sizes(nn.LazyLinear(2), torch.zeros(1, 4)), ValueError, "model: a model that has its weights"),
+    (lambda: GlobalMax()(torch.zeros(2, 3)), ValueError, "x: a tensor of at least 3 axes"),
+])
+def test_dense_sizes_and_maxima_refuse(call, error, message):
+    with pytest.raises(error, match=message): call()

@@ -248,6 +248,8 @@ def test_recursion_bad():
     with pytest.raises(TypeError, match="x"): model(torch.ones(2, 3, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"block: .*\(2, 3, 4\) is expected, got \(2, 3, 5\)"):
         UniversalTransformer(nn.Linear(4, 5), 4, 3)(torch.randn(2, 3, 4))
+    with pytest.raises(TypeError, match="block: a module that returns a tensor is expected, got tuple"):
+        UniversalTransformer(nn.GRU(4, 4, batch_first=True), 4, 3)(torch.randn(2, 3, 4))
 
 
 # What is refused, with the model as it was
@@ -256,6 +258,7 @@ BAD = [
     (relax_layers_, {"rank": 9}, None, ValueError, r"at most 8, the rank of 'blocks.0.attention.q.weight' of \(8, 8\), is expected, got 9"),
     (relax_layers_, {"rank": -1}, None, ValueError, "rank: .* got -1"),
     (relax_layers_, {"rank": 1.0}, None, TypeError, "rank"),
+    (relax_layers_, {"rank": 2, "parts": "norm1"}, None, ValueError, "parts: at least one matrix in a block is expected, got 'norm1'"),
     (relax_layers_, {"rank": 2, "base": "last"}, None, ValueError, "base: .*'last'"),
     (relax_layers_, {"rank": 2, "scheme": "sequence", "groups": 5}, None, ValueError, "6 layers .* got 5"),
     (relax_layers_, {"rank": 2}, share_layers_, ValueError, "layers that share nothing"),

@@ -1,6 +1,7 @@
 "Tied, scaled and factorized embeddings: gradients, first values, ranks, round trips, published counts, and what is refused."
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -167,9 +168,56 @@ def test_factorized_layers():
         for i, name in enumerate(("vocabulary", "inner", "dim")):
             sizes = [5, 2, 4]
             sizes[i] = 0
-            with pytest.raises(ValueError, match=f"{name}: a whole number of at least 1 is expected, got 0"): kind(*sizes)
+            limits = "from 1 to 4" if name == "inner" else "of at least 1"
+            with pytest.raises(ValueError, match=f"{name}: a whole number {limits} is expected, got 0"): kind(*sizes)
             sizes[i] = 2.
             with pytest.raises(TypeError, match=f"{name}: a whole number is expected, got 2.0"): kind(*sizes)
+
+
+def test_what_factorized_layers_refuse():
+    for kind in (FactorizedEmbedding, FactorizedHead):
+        with pytest.raises(ValueError, match="inner: a whole number from 1 to 4 is expected, got 5"): kind(9, 5, 4)
+        kind(9, 4, 4)
+    for bad, error in ((50, ValueError), (-51, ValueError), ("a", TypeError), (1.0, TypeError)):
+        with pytest.raises(error, match="padding_idx: a whole number"): FactorizedEmbedding(50, 8, 32, padding_idx=bad)
+    assert FactorizedEmbedding(50, 8, 32, padding_idx=-1).table.padding_idx == 49
+    with pytest.raises(TypeError, match="words: a tensor of whole numbers"): FactorizedEmbedding(9, 2, 4)(torch.rand(3))
+    head = FactorizedHead(9, 2, 4)
+    for bad in (torch.rand(2, 5), torch.tensor(1.)):
+        with pytest.raises(ValueError, match="h: a last axis of 4 is expected"): head(bad)
+    with pytest.raises(TypeError, match="h: a floating point tensor"): head(torch.ones(2, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["thin", "plain"])
+def test_padding_of_a_tied_table(kind, data):
+    def build():
+        torch.manual_seed(0)
+        if kind == "plain": return plain(padding_idx=3)
+        return Model(FactorizedEmbedding(20, 3, 8, padding_idx=3), FactorizedHead(20, 3, 8)).double()
+
+    def step(model):
+        optimizer = torch.optim.SGD(model.parameters(), .1)
+        words, following = (torch.where(t == 3, 4, t) for t in data)
+        F.cross_entropy(model(words).flatten(0, 1), following.flatten()).backward()
+        optimizer.step()
+        return model.embedding(torch.tensor(3)).abs().sum()
+
+    masked, trained = build(), build()
+    tie_head_(masked, padding="mask")
+    assert step(masked) == 0 and (masked(data[0])[..., 3] == -torch.inf).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tie_head_(trained, padding="train")
+    assert step(trained) > 0
+    with pytest.warns(UserWarning, match="padding_idx"): tie_head_(build())
+    model = build()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="padding: one of 'mask', 'train'"): tie_head_(model, padding="none")
+    assert state_of(model) == before and not find_ties(model)
+    with pytest.raises(ValueError, match="padding"): tie_head_(thin(), padding="mask")
+
+
+def state_of(model): return {name: (id(p), p.tolist()) for name, p in model.named_parameters()}
 
 
 # from a trained table
@@ -197,6 +245,11 @@ def test_factorized_keeps_what_it_finds():
     assert made(torch.tensor([2])).abs().max() < 1e-2
     assert factorized(nn.Embedding(20, 8, device="meta"), 3).table.weight.is_meta
     with pytest.raises(ValueError, match="inner: a whole number from 1 to 8 is expected, got 9"): factorized(table, 9)
+    with pytest.raises(ValueError, match=r"embedding: a table without max_norm is expected, got Embedding\(20, 8, max_norm=1.0\)"):
+        factorized(nn.Embedding(20, 8, max_norm=1.), 3)
+    for options in ({"sparse": True}, {"scale_grad_by_freq": True}, {}):
+        made = factorized(nn.Embedding(20, 8, **options), 3).table
+        assert {"sparse": made.sparse, "scale_grad_by_freq": made.scale_grad_by_freq} == {"sparse": False, "scale_grad_by_freq": False} | options
     with pytest.raises(TypeError, match="embedding: nn.Embedding is expected, got Linear"): factorized(nn.Linear(3, 3), 1)
     with torch.no_grad(): (bad := nn.Embedding(20, 8)).weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="embedding.weight: finite numbers are expected, got 1 of 160"): factorized(bad, 3)

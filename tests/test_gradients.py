@@ -253,3 +253,27 @@ def test_bad_numbers():
         with pytest.raises(error, match="finite"): start(nn.RNN(D, H) if start is identity_ else nn.LSTM(D, H), float("nan"))
     with pytest.raises(ValueError, match="above 0"): orthogonal_(nn.RNN(D, H), 0)
     with pytest.raises(TypeError): forget_bias_(nn.LSTM(D, H), "1")
+
+
+@pytest.mark.parametrize("sharing", ["all", "none", 3])
+@pytest.mark.parametrize("kind", CELLS)
+def test_terms_with_padding_of_any_kind(kind, sharing):
+    lengths, x = torch.tensor([2, 6, 4]), inputs()
+    padding = torch.arange(N) >= lengths[:, None]
+    zero, bad = x.masked_fill(padding[..., None], 0), x.masked_fill(padding[..., None], torch.nan)
+    expected = gradient_by_step(made(kind, sharing), zero, loss, lengths=lengths)
+    for name, term in gradient_by_step(made(kind, sharing), bad, loss, lengths=lengths).items():
+        assert term.isfinite().all()
+        same(term, expected[name])
+
+
+def test_terms_without_grad_mode():
+    expected = gradient_by_step(made("gru"), inputs(), loss)
+    with torch.no_grad(): terms = gradient_by_step(made("gru"), inputs(), loss)
+    for name, term in terms.items(): same(term, expected[name])
+
+
+@pytest.mark.parametrize("f", [lambda outputs, state: torch.tensor(1.), lambda outputs, state: outputs.detach().sum()])
+def test_a_constant_loss(f):
+    with pytest.raises(ValueError, match="^loss: one that depends on the outputs or the state is expected"):
+        gradient_by_step(made("gru"), inputs(), f)

@@ -237,6 +237,20 @@ def test_ties_that_would_break():
     refused(model, "several tensors over one memory", 2)
 
 
+def test_adam_from_before_is_found_by_its_error():
+    model = blocks(1)
+    optimizer = torch.optim.Adam(model.parameters())
+    x = torch.randn(2, 5, 32, dtype=torch.float64)
+    for _ in range(2):
+        if optimizer.state:
+            group_heads_(model, 2)
+            model(x).sum().backward()
+            with pytest.raises(RuntimeError, match="size"): optimizer.step()
+        else:
+            model(x).sum().backward()
+            optimizer.step()
+
+
 def test_bad_groups():
     model = nn.Sequential(Block(32, 4), Attention(30, 6))
     refused(model, "groups: a divisor of the 6 heads of keys and values of '1' is expected, got 4", 4)
@@ -248,9 +262,9 @@ def test_bad_groups():
 
 def test_bad_models():
     with pytest.raises(TypeError, match="model: a module"): group_heads_([Attention(32, 4)], 2)
-    with pytest.raises(ValueError, match="maps of its own for keys and values is expected, got Linear"): group_heads_(nn.Linear(4, 4), 2)
+    with pytest.raises(ValueError, match="as in LLaMA models .* is expected, got Linear"): group_heads_(nn.Linear(4, 4), 2)
     model = nn.Sequential(Block(32, 4), nn.TransformerEncoderLayer(32, 4))
-    refused(model, "MultiheadAttention at '1.self_attn'; from_multihead makes an Attention of it", 2)
+    refused(model, "MultiheadAttention at '1.self_attn', which holds .* in one matrix; from_multihead .* for blocks that call it with x alone", 2)
     model = nn.Sequential(Block(32, 4))
     model[0].attention.out.bias = None
     refused(model, "a bias of out at '0.attention'", 2, "svd")

@@ -9,7 +9,7 @@ from torch import nn
 from sharetie.attention import Block, Cache
 from sharetie.census import census
 from sharetie.layers import layer_groups, share_layers_, unshare_layers_
-from sharetie.ties import (check_ties, declared_ties, find_ties, keep_ties, load_model, places, save_model,
+from sharetie.ties import (BrokenTie, check_ties, declared_ties, find_ties, keep_ties, load_model, places, save_model,
                            share_module_, tie_)
 
 SCHEMES = [("all", None, [0, 0, 0, 0, 0, 0]), ("sequence", 3, [0, 0, 1, 1, 2, 2]), ("sequence", 2, [0, 0, 0, 1, 1, 1]),
@@ -71,7 +71,7 @@ def test_groups_bad():
         with pytest.raises(ValueError, match=rf"groups: a divisor of the 6 layers \(1, 2, 3, 6\) is expected, got {got}"):
             layer_groups("cycle", 6, groups)
     with pytest.raises(ValueError, match="groups: 1 for 'all' is expected, got 2"): layer_groups("all", 6, 2)
-    with pytest.raises(ValueError, match="2 layers is expected, got .*needs 3"): layer_groups("sandwich", 2)
+    with pytest.raises(ValueError, match="^scheme: 'sandwich' needs at least 3 layers, got 2$"): layer_groups("sandwich", 2)
     with pytest.raises(ValueError, match=r"each of the 6 layers is expected, got \[0, 1\]"): layer_groups([0, 1], 6)
     with pytest.raises(ValueError, match=r"scheme\[1\]: a whole number from 0 to 1 is expected, got 7"): layer_groups([0, 7], 2)
     with pytest.raises(ValueError, match="groups: None"): layer_groups([0, 0], 2, 1)
@@ -325,6 +325,16 @@ def test_shared_modules_are_unshared_too():
     assert len({id(block) for block in model}) == 3 and not find_ties(model)
 
 
+def test_an_optimizer_from_before_unsharing_is_found():
+    model = Model()
+    share_layers_(model)
+    old = torch.optim.Adam(model.parameters())
+    check_ties(model, old)
+    unshare_layers_(model)
+    with pytest.raises(BrokenTie, match="blocks.1"): check_ties(model, old)
+    check_ties(model, torch.optim.Adam(model.parameters()))
+
+
 def test_nothing_to_unshare():
     model = Model()
     before = state(model)
@@ -346,6 +356,7 @@ BAD = [
     (share_layers_, {"parts": "atention"}, None, ValueError, "'atention' .*nearest is 'attention'"),
     (share_layers_, {"parts": "feedforward.1"}, None, ValueError, "at least one parameter .* got 'feedforward.1'"),
     (share_layers_, {"parts": 3}, None, TypeError, "parts"),
+    (share_layers_, {"at": "*"}, lambda m: setattr(m, "more", copy.deepcopy(m.blocks)), ValueError, r"at: the name of one list of blocks, such as 'blocks', 'blocks.0.feedforward', is expected, got '\*'"),
     (share_layers_, {"parts": []}, None, ValueError, "parts"),
     (share_layers_, {"values": "last"}, None, ValueError, "values: .*'last'"),
     (share_layers_, {"at": "bloks"}, None, ValueError, "'bloks' .*'blocks'"),

@@ -169,6 +169,32 @@ def test_meta_device(n):
     assert fresh.weight.isfinite().all()
 
 
+def test_meta_device_in_float32_and_patterns_under_meta():
+    layer = LocallyConnected2d(1, 2, 6, 3, device="meta")
+    assert layer(torch.empty(2, 1, 6, 6, device="meta")).shape == (2, 2, 4, 4)
+    for own in (LocallyConnected2d(1, 2, 6, 3), nn.Conv2d(1, 2, 3), nn.Linear(4, 3)):
+        size = None if isinstance(own, nn.Linear) else 6
+        want, matrix = sharing_pattern(own, size), as_matrix(own, size)
+        with torch.device("meta"): assert torch.equal(sharing_pattern(own, size), want) and torch.equal(as_matrix(own, size), matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.complex64, torch.bfloat16])
+def test_images_of_another_dtype(dtype):
+    layer, x = LocallyConnected2d(1, 2, 6, 3), torch.ones(2, 1, 6, 6).to(dtype)
+    with pytest.raises(TypeError, match="x: the weight's type torch.float32 is expected, got torch"): layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        if dtype == torch.bfloat16: assert layer(x).dtype == dtype
+        else:
+            with pytest.raises(TypeError, match="x: the weight's type"): layer(x)
+
+
+def test_layers_without_a_weight_yet_and_integer_types():
+    for call in (sharing_pattern, as_matrix, unshare):
+        with pytest.raises(ValueError, match="a layer with a weight is expected, got LazyConv2d"): call(nn.LazyConv2d(2, 3), 6)
+    with pytest.raises(ValueError, match="layer: a layer with a weight is expected, got LazyLinear"): sharing_pattern(nn.LazyLinear(2))
+    with pytest.raises(TypeError, match="dtype: a floating point type is expected, got torch.int64"): LocallyConnected1d(1, 1, 4, 3, dtype=torch.int64)
+
+
 def test_copies_pickles_and_state_dicts():
     layer, x = LocallyConnected2d(2, 3, 6, 3, stride=2), torch.randn(2, 2, 6, 6)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))): assert torch.equal(other(x), layer(x))
@@ -318,7 +344,7 @@ def test_bad_layers(changes, error, message):
 
 @pytest.mark.parametrize("x, error, message", [
     (torch.zeros(2, 4, 8, 9), ValueError, r"x: the size \(8, 8\) that the layer was built for is expected, got \(8, 9\)"),
-    (torch.zeros(2, 3, 8, 8), ValueError, "x: 4 channels is expected, got 3"), (torch.zeros(4, 8), ValueError, "x: a tensor of 3 or 4 axes"),
+    (torch.zeros(2, 3, 8, 8), ValueError, "x: a tensor of 4 channels is expected, got 3"), (torch.zeros(4, 8), ValueError, "x: a tensor of 3 or 4 axes"),
     (torch.zeros(1, 2, 4, 8, 8), ValueError, "x: a tensor of 3 or 4 axes"), ([[0.0]], TypeError, "x: a tensor is expected"),
     (torch.zeros(8, 8, 4, 2), ValueError, "channels"), (None, TypeError, "x")], ids=lambda v: str(getattr(v, "shape", "")))
 def test_bad_images(x, error, message):

@@ -293,3 +293,26 @@ def test_scorer_on_the_published_corpus():
     truth = [[tag for *_, tag in row] for row in news.sentences["test"].rows]
     score = chunk_f1(truth, truth)
     assert (news.sentences["test"].tokens, score.true, score.f1) == (47_377, 23_852, 1.0)
+
+
+@pytest.mark.parametrize("kind, error, message", [
+    (3, TypeError, "^kind: text, such as 'NP', or None, is expected, got 3"),
+    ("XP", ValueError, r"^kind: one of the kinds that are there \(NP, VP\) is expected, got 'XP'"),
+])
+def test_bad_kinds(kind, error, message):
+    with pytest.raises(error, match=message): chunk_f1([["B-NP", "O"]], [["O", "B-VP"]], kind)
+    assert chunk_f1([["B-NP", "O"]], [["O", "B-VP"]], "VP")[4:] == (0, 1, 0)
+
+
+def test_a_kind_where_nothing_is():
+    with pytest.raises(ValueError, match=r"that are there \(none\)"): chunk_f1([["O"]], [["O"]], "NP")
+
+
+@pytest.mark.parametrize("reads", ["ahead", "both", "one cell"])
+def test_bad_sentences(reads):
+    tagger = Tagger([5], 3, 4, 4, reads)
+    with pytest.raises(TypeError, match="^x: a tensor of whole numbers is expected"): tagger([[1, 2]])
+    with pytest.raises(ValueError, match=r"^x\[1, 1\]: a word .* is expected, got 0"): tagger(torch.tensor([[1, 2, 3], [1, 0, 2]]))
+    with pytest.raises(ValueError, match=r"^x\[0, 0\]: a word"): tagger(torch.tensor([[0, 2, 3]]))
+    with pytest.raises(ValueError, match=r"^x\[1\]: a sentence of one word or more is expected"): tagger(torch.tensor([[1, 2], [0, 0]]))
+    assert tagger(torch.tensor([[1, 2, 3], [1, 0, 0]])).shape == (2, 3, 3)

@@ -479,8 +479,8 @@ def test_bad_arguments(options, error, words):
 
 @pytest.mark.parametrize("x, error, words", [
     (torch.zeros(1, 2, 4, 5, 6), ValueError, "got (5, 6)"),
-    (torch.zeros(1, 3, 4, 5, 5), ValueError, "x: 2 channels is expected, got 3"),
-    (torch.zeros(1, 2, 8, 5, 5), ValueError, "x: 4 elements of p4 is expected, got 8"),
+    (torch.zeros(1, 3, 4, 5, 5), ValueError, "x: a tensor of 2 channels is expected, got 3"),
+    (torch.zeros(1, 2, 8, 5, 5), ValueError, "x: an axis 2 of 4 elements, as p4 has, is expected, got 8"),
     (torch.zeros(1, 2, 5, 5), ValueError, "5 axes"),
     (torch.zeros(1, 2, 4, 2, 2), ValueError, "at least kernel_size=3, with padding, is expected, got 2"),
     (torch.zeros(1, 2, 4, 6, 6), ValueError, "height + 2 · padding - kernel_size = 3 is expected, got 2"),
@@ -521,3 +521,21 @@ def test_bad_input(x, error, words):
 def test_bad_calls(call, error, words):
     with pytest.raises(error) as caught: call()
     assert words in str(caught.value)
+
+
+def test_filter_banks_refuse_other_sizes():
+    bank = FilterBank(2, 3, lifting=True)
+    for shape in ((3, 2, 3, 3), (3, 2, 1, 3, 3)):
+        made = bank(torch.ones(shape))
+        assert made.shape == (12, 2, 3, 3) and torch.equal(bank.inverse(made), torch.ones(3, 2, 3, 3))
+    for wrong in (torch.ones(3, 4, 3, 3), torch.ones(3, 2, 2, 2), torch.tensor(1.)):
+        with pytest.raises(ValueError, match="source: a tensor of filters with 18 weights each is expected"): bank(wrong)
+    for wrong in (torch.ones(10, 2, 3, 3), torch.ones(12, 2, 2, 2)):
+        with pytest.raises(ValueError, match="member: a tensor of filters with 18 weights each, as many as a multiple of 4,"): bank.inverse(wrong)
+
+
+def test_angles_of_another_type_and_integer_layers():
+    x = torch.rand(2, 1, 5, 5)
+    turned = rotate(x, torch.tensor([30., 60.], dtype=torch.float64))
+    torch.testing.assert_close(turned, rotate(x, torch.tensor([30., 60.])))
+    with pytest.raises(TypeError, match="dtype: a floating point type is expected, got torch.int64"): GroupConv2d(1, 1, 3, dtype=torch.int64)

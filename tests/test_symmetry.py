@@ -690,3 +690,29 @@ def test_bad_input_of_sharing_changes_nothing(make, options, error, text):
     (torch.zeros(2, dtype=torch.long, device="meta"), ValueError)])
 def test_labels(labels, error):
     with pytest.raises(error, match="labels"): Orbit(labels)
+
+
+def test_orbits_refuse_other_sizes():
+    map = Orbit(torch.tensor([[0, 1], [1, 0]]))
+    for wrong in (torch.zeros(3), torch.zeros(1), torch.zeros(1, 2)):
+        with pytest.raises(ValueError, match=r"source: a tensor of shape \(2,\) is expected"): map(wrong)
+    with pytest.raises(ValueError, match=r"member: a tensor of shape \(2, 2\) is expected"): map.inverse(torch.zeros(5))
+
+
+def test_generators_keep_groups_together():
+    p = torch.tensor([2, 3, 0, 1])  # swaps the two groups
+    conv = nn.Conv1d(4, 4, 1, groups=2)
+    share_orbits_(conv, [(p, None, None)])
+    x, swap = torch.randn(3, 4, 5), lambda x: x[:, p]
+    assert equivariance_error(conv, swap, swap, x) <= 1e-6
+    conv = nn.Conv1d(4, 4, 1, groups=2)
+    names = list(conv.state_dict())
+    with pytest.raises(ValueError, match=r"generators\[1\]: outputs of each of 2 groups to one group"):
+        share_orbits_(conv, [(p, None, None), (torch.tensor([1, 2, 3, 0]), None, None)])
+    assert list(conv.state_dict()) == names
+
+
+def test_wide_blurs_and_a_transformation_that_returns_nothing():
+    assert abs(BlurPool2d(2000).kernel.sum().item() - 1) < 1e-3
+    with pytest.raises(TypeError, match="transform_in: a function that returns a tensor is expected, got None"):
+        equivariance_error(nn.Identity(), lambda x: None, lambda x: x, torch.ones(1, 2))

@@ -45,6 +45,12 @@ def test_every_character_there_and_back():
     (lambda: train_characters(CharacterModel(layers=1), torch.arange(80), 2, rate=0), ValueError, "rate"),
     (lambda: CharacterModel(layers=0), ValueError, "layers"), (lambda: CharacterModel(dim=9, heads=3), ValueError, "dim|even"),
     (lambda: CharacterModel(dim=8, heads=3), ValueError, "divisor of dim=8 is expected, got 3"),
+    (lambda: windows(torch.arange(0), 2, 2), ValueError, "text: a text of at least two characters is expected, got 0"),
+    (lambda: bits_per_character(CharacterModel(), torch.arange(1)), ValueError, "at least two characters is expected, got 1"),
+    (lambda: bits_per_character(None, torch.arange(80)), TypeError, "model: a module is expected, got NoneType"),
+    (lambda: train_characters(None, torch.arange(80), 2), TypeError, "model: a module is expected, got NoneType"),
+    (lambda: CharacterModel(layers=1)(torch.tensor([[1, 96]])), ValueError, "x: numbers from 0 to 95 are expected, got 1 to 96"),
+    (lambda: CharacterModel(layers=1)(torch.tensor([[-1, 5]])), ValueError, "x: numbers from 0 to 95 are expected, got -1 to 5"),
     (lambda: CharacterModel()(torch.zeros(1, 4)), TypeError, "x: a tensor of whole numbers"),
     (lambda: CharacterModel()(torch.zeros(4, dtype=torch.long)), ValueError, "2 axes"),
 ])
@@ -131,3 +137,9 @@ def test_training_repeats_itself_and_learns(text):
         check_ties(model)
         assert model.blocks[0].attention.q.weight is model.blocks[1].attention.q.weight and len(find_ties(model)) == 17
     assert scores[0] == scores[1] < before
+
+
+def test_the_model_compiles_whole():
+    torch.manual_seed(0)
+    model, x = CharacterModel(layers=1), torch.arange(12).view(2, 6)
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))

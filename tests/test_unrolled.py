@@ -464,3 +464,70 @@ def test_shared_reads_on_and_blocks_do_not():
 def test_many_steps_are_made_in_time_that_can_be_waited_for():
     ours = Unrolled(nn.RNNCell(D, H), 500)
     assert len(find_ties(ours).true) == 4 and len(ours.state_dict()) == 4
+
+
+# Padding of any kind, in the loop
+
+def weight_grads(make, x, lengths, sharing):
+    "Gradients by the weights and by x of a network of this cell."
+    ours, x = Unrolled(make(), N, sharing), x.clone().requires_grad_()
+    out, state = ours(x, lengths=lengths)
+    h = state[0] if isinstance(state, tuple) else state
+    return torch.autograd.grad(out.square().sum() + h.sum(), [*ours.parameters(), x], allow_unused=True)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+@pytest.mark.parametrize("looped, sharing", [(True, "all"), (True, 3), (False, 3), (False, "none")])
+def test_padding_does_not_reach_the_gradients(kind, looped, sharing, bad):
+    zero, x, padding = data().detach(), data().detach(), torch.arange(N) >= LENGTHS[:, None]
+    zero[padding], x[padding] = 0., bad
+    def make(): return Looped(pair(kind)[0]) if looped else pair(kind)[0]
+    ours, expected = (weight_grads(make, v, LENGTHS, sharing) for v in (x, zero))
+    for a, b in zip(ours, expected):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+    assert not ours[-1][padding].any()
+
+
+class Holds(nn.Module):
+    "A cell whose state is what a function makes of the state before."
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x, state): return x, self.make(x, state)
+
+
+@pytest.mark.parametrize("make", [
+    lambda x, s: None, lambda x, s: (x, None), lambda x, s: (x, 3), lambda x, s: {"h": x, "n": 1},
+    lambda x, s: x.sum(), lambda x, s: x.sum(0), lambda x, s: x if s is None else torch.cat([s, x], 1),
+    lambda x, s: [x] if s is None else [*s, x], lambda x, s: x if s is None else (x,),
+    lambda x, s: {"a": x} if s is None else {"b": x},
+])
+def test_a_state_that_cannot_be_masked(make):
+    ours, x = Unrolled(Holds(make), 3), torch.randn(2, 3, 5)
+    ours(x)
+    with pytest.raises(TypeError, match="^cell: one whose state is tensors, with the batch first"):
+        ours(x, lengths=[1, 3])
+
+
+@pytest.mark.parametrize("kind, sharing, looped", [("tanh", "none", False), ("lstm", "all", False), ("gru", 2, True)])
+def test_compiles_whole_with_lengths(kind, sharing, looped):
+    torch.compiler.reset()
+    cell, x = LAYERS[kind][0](), torch.randn(3, 3, D)
+    ours, lengths = Unrolled(Looped(cell) if looped else cell, 3, sharing), torch.tensor([2, 3, 1])
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for lengths in (lengths, lengths.flip(0)):
+        torch.testing.assert_close(compiled(x, lengths=lengths), ours(x, lengths=lengths))
+
+
+def test_untied_cells_say_why_they_do_not_read_on():
+    ours = Unrolled(nn.GRUCell(D, H), 6)
+    untie_(ours, "cells.3")
+    with pytest.raises(ValueError, match="at most 6 steps .its cells are no longer one.* got 7"): ours(torch.randn(1, 7, D))
+
+
+def test_census_with_lengths():
+    counted = census(Unrolled(nn.GRUCell(D, H), 8), torch.randn(3, 8, D), None, torch.tensor([3, 8, 8]))
+    assert counted.stored == sum(p.numel() for p in nn.GRUCell(D, H).parameters())
