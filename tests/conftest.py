@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "book")]
 
 from flags import flags_off, flags_on
+from processes import process_group
 
 DATA = ROOT.parent / "shared" / "data"
 if DATA.is_dir(): os.environ.setdefault("SHARETIE_DATA", str(DATA))
@@ -42,6 +43,12 @@ def results_of_their_own(tmp_path_factory):
     os.environ["SHARETIE_RESULTS"] = str(folder)
     yield folder
     del os.environ["SHARETIE_RESULTS"]
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    "A process group of one."
+    with process_group(tmp_path): yield
 
 
 def pytest_terminal_summary(terminalreporter):

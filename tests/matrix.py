@@ -15,11 +15,9 @@ import os
 import pickle
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import safetensors.torch as st
@@ -32,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from processes import in_two_processes
 from sharetie.ties import (BrokenTie, Slice, Transpose, check_ties, declared_ties, ensemble, functional, keep_ties, load_model, param_groups,
                            replace_modules, retie_, save_model, share_module_, skeleton, tie_, tie_groups)
 
@@ -675,25 +674,14 @@ def checkpoint(cell, model):
 DISTRIBUTED = ("DDP", "FSDP2", "distributed checkpoint")
 
 
-def worker(rank, folder):
-    "All distributed cells, on one of two processes; the first writes the outcomes."
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    try: done = {column: outcomes(column) for column in DISTRIBUTED}
-    finally: dist.destroy_process_group()
-    if rank == 0: Path(folder, "outcomes.json").write_text(json.dumps(done))
+def on_each():
+    "All distributed cells, on one of two processes."
+    return {column: outcomes(column) for column in DISTRIBUTED}
 
 
 def distributed():
-    "The outcomes of the distributed columns, from one pair of processes; an error if they hang."
-    with tempfile.TemporaryDirectory() as folder:
-        pair, end = torch.multiprocessing.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 240
-        try:
-            while not pair.join(timeout=5): assert time.monotonic() < end, "the processes hang"
-        finally:
-            for process in pair.processes: process.kill()
-        return json.loads(Path(folder, "outcomes.json").read_text())
+    "The outcomes of the distributed columns, from one pair of processes."
+    with tempfile.TemporaryDirectory() as folder: return in_two_processes(on_each, folder)[0]
 
 
 # The table

@@ -1,14 +1,13 @@
 "Balancing tasks: every method against whole vectors, its memory, missing tasks, accumulation, mixed precision, processes, bad input."
 import copy
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
+from processes import in_two_processes
 from sharetie.aggregation import aligned, cagrad, imtl, mgda, nash, pcgrad, upgrad
 from sharetie.balancing import (DynamicAverage, Equal, FAMO, FromGram, GradNorm, GradVac, Prioritization, RULES,
                                 RandomWeights, Uncertainty, WITH_TASKS, WITHOUT_TASKS, balancer)
@@ -223,35 +222,26 @@ def test_an_overflow_reaches_the_scaler():
 
 # Processes
 
-def worker(rank, port, name, form, queue):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def two_steps(name, form):
+    "The gradients after two steps on this process's half of the batch."
     net, x = setting(n=8)
     method = balancer(name, TASKS, group=dist.group.WORLD) if name in WITH_TASKS else balancer(name, group=dist.group.WORLD)
     for _ in range(2):
-        z, losses = losses_of(net, x.chunk(2)[rank])
+        z, losses = losses_of(net, x.chunk(2)[dist.get_rank()])
         method.backward(losses, net.trunk, representation=z if form == "representation" else None)
-    queue.put((rank, flat(p.grad for p in net.parameters()).numpy()))
-    dist.barrier()
-    dist.destroy_process_group()
+    return flat(p.grad for p in net.parameters()).numpy()
 
 
 @pytest.mark.parametrize("name, form", [("nash", "exact"), ("pcgrad", "representation")])
-def test_two_processes_take_the_step_of_one(name, form):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    queue = mp.get_context("spawn").SimpleQueue()
-    context = mp.spawn(worker, (port, name, form, queue), nprocs=2, join=False)
-    found = dict(queue.get() for _ in range(2))
-    while not context.join(): pass
+def test_two_processes_take_the_step_of_one(tmp_path, name, form):
+    found = in_two_processes(two_steps, tmp_path, name, form)
     net, x = setting(n=8)
     method = every(name)
     for _ in range(2):
         z, losses = losses_of(net, x)
         method.backward(losses, net.trunk, representation=z if form == "representation" else None)
     expected = flat(p.grad for p in net.parameters())
-    for rank in range(2): torch.testing.assert_close(torch.from_numpy(found[rank]), expected, rtol=1e-6, atol=1e-9)
+    for grads in found: torch.testing.assert_close(torch.from_numpy(grads), expected, rtol=1e-6, atol=1e-9)
 
 
 # Bad input: an error before any gradient is touched

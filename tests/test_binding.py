@@ -795,29 +795,26 @@ def test_row_26_kept_models_compile_and_export():
     assert torch.equal(exported.module()(X), model(X))
 
 
-def test_row_5_fsdp2_keeps_ties(tmp_path):
+def test_row_5_fsdp2_keeps_ties(one_process):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        with torch.device("meta"): model = mapped()
-        fully_shard(keep_ties(model), mesh=init_device_mesh("cpu", (1,)))
-        model.to_empty(device="cpu")
-        check_ties(model)
-        source = mapped()
-        state = {k: torch.distributed.tensor.distribute_tensor(v, model.emb.weight.device_mesh, model.emb.weight.placements) for k, v in source.state_dict().items()}
-        model.load_state_dict(state, assign=True)
-        optimizer = torch.optim.SGD(model.parameters(), lr=.1)
-        assert torch.allclose(model(X), source(X))
-        model(X).sum().backward()
-        source(X).sum().backward()
-        optimizer.step()
-        check_ties(model, optimizer)
-        assert torch.allclose(model.emb.weight.full_tensor(), source.emb.weight - .1 * source.emb.weight.grad, atol=1e-6)
-        torn = dict(model.state_dict()) | {"head.weight": model.head.weight.detach() + 1}
-        with pytest.raises(BrokenTie, match="differs by up to 1"): model.load_state_dict(torn)
-    finally: dist.destroy_process_group()
+    with torch.device("meta"): model = mapped()
+    fully_shard(keep_ties(model), mesh=init_device_mesh("cpu", (1,)))
+    model.to_empty(device="cpu")
+    check_ties(model)
+    source = mapped()
+    state = {k: torch.distributed.tensor.distribute_tensor(v, model.emb.weight.device_mesh, model.emb.weight.placements) for k, v in source.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=.1)
+    assert torch.allclose(model(X), source(X))
+    model(X).sum().backward()
+    source(X).sum().backward()
+    optimizer.step()
+    check_ties(model, optimizer)
+    assert torch.allclose(model.emb.weight.full_tensor(), source.emb.weight - .1 * source.emb.weight.grad, atol=1e-6)
+    torn = dict(model.state_dict()) | {"head.weight": model.head.weight.detach() + 1}
+    with pytest.raises(BrokenTie, match="differs by up to 1"): model.load_state_dict(torn)
 
 
 def test_equal_values():

@@ -229,19 +229,16 @@ def test_a_search_that_takes_too_long_says_that_they_meet():
 
 # Tensors that are no plain ones
 
-def test_dtensors_of_one_mesh(tmp_path):
+def test_dtensors_of_one_mesh(one_process):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, distribute_tensor
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        a = nn.Parameter(distribute_tensor(torch.randn(4, 2), mesh, [Replicate()]))
-        b = nn.Parameter(distribute_tensor(torch.randn(4, 2), mesh, [Replicate()]))
-        assert find_ties(model_of(a=a, b=b)) == ()
-        assert find_ties(model_of(a=a, b=a))[0].names == ("a", "b")
-        assert find_ties(model_of(a=a, b=nn.Parameter(a.detach())))[0].pseudo
-    finally: dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (1,))
+    a = nn.Parameter(distribute_tensor(torch.randn(4, 2), mesh, [Replicate()]))
+    b = nn.Parameter(distribute_tensor(torch.randn(4, 2), mesh, [Replicate()]))
+    assert find_ties(model_of(a=a, b=b)) == ()
+    assert find_ties(model_of(a=a, b=a))[0].names == ("a", "b")
+    assert find_ties(model_of(a=a, b=nn.Parameter(a.detach())))[0].pseudo
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")

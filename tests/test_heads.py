@@ -270,14 +270,10 @@ def test_bad_models():
     refused(model, "a bias of out at '0.attention'", 2, "svd")
 
 
-def test_wrapped_models(tmp_path):
+def test_wrapped_models(one_process):
     import torch.distributed as dist
-    if dist.is_initialized(): pytest.skip("a process group is there already")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(blocks(1))
-        with pytest.raises(ValueError, match="not wrapped yet is expected, got DistributedDataParallel"): group_heads_(wrapped, 2)
-    finally: dist.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(blocks(1))
+    with pytest.raises(ValueError, match="not wrapped yet is expected, got DistributedDataParallel"): group_heads_(wrapped, 2)
 
 
 # PyTorch's layer

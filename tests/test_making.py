@@ -431,19 +431,16 @@ def test_rnn_members_cannot_be_computed():
     with pytest.raises(ValueError, match="LSTM, which reads its weights from a list"): tie_(model, ["weight_ih_l0", "weight_ih_l1"], map=Scale(2.))
 
 
-def test_wrapped_models_are_refused(tmp_path):
+def test_wrapped_models_are_refused(one_process):
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        ddp, fsdp = nn.parallel.DistributedDataParallel(Words()), Words()
-        fully_shard(fsdp, mesh=init_device_mesh("cpu", (1,)))
-        for model, prefix in ((ddp, "module."), (fsdp, "")):
-            with pytest.raises(ValueError, match="model: one that is not wrapped yet is expected"): tie_(model, [prefix + name for name in PAIR])
-            with pytest.raises(ValueError, match="not wrapped yet"): untie_(model, prefix + "head.weight")
-            with pytest.raises(ValueError, match="not wrapped yet"): share_module_(model, [prefix + "norm", prefix + "other_norm"])
-    finally: dist.destroy_process_group()
+    ddp, fsdp = nn.parallel.DistributedDataParallel(Words()), Words()
+    fully_shard(fsdp, mesh=init_device_mesh("cpu", (1,)))
+    for model, prefix in ((ddp, "module."), (fsdp, "")):
+        with pytest.raises(ValueError, match="model: one that is not wrapped yet is expected"): tie_(model, [prefix + name for name in PAIR])
+        with pytest.raises(ValueError, match="not wrapped yet"): untie_(model, prefix + "head.weight")
+        with pytest.raises(ValueError, match="not wrapped yet"): share_module_(model, [prefix + "norm", prefix + "other_norm"])
 
 
 # untie_

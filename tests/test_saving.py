@@ -435,15 +435,7 @@ def test_row_3_through_a_map_that_makes_new_numbers(tmp_path):
     assert torch.equal(model[0].weight, state["0.weight"])
 
 
-@pytest.fixture
-def gloo(tmp_path):
-    import torch.distributed as dist
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield dist
-    dist.destroy_process_group()
-
-
-def test_row_5_sharded_models_are_named_and_gathered_ones_are_saved(tmp_path, gloo):
+def test_row_5_sharded_models_are_named_and_gathered_ones_are_saved(tmp_path, one_process):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

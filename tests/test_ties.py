@@ -259,13 +259,6 @@ def test_param_groups_lists_every_trained_parameter_once(pairs, trained):
 
 # Row 5: shards
 
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_row_5_fsdp2_takes_the_groups_and_nothing_smaller(one_process):
     model = words()

@@ -6,10 +6,7 @@ import pickle
 import random
 import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from datetime import timedelta
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
+from processes import PROCESSES, in_two_processes
 from sharetie.train import History, error_rate, evaluate, fit, set_seed
 from sharetie.tying import TiePenalty, anneal, proximal_
-
-PROCESSES = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-PROCESSES.set_forkserver_preload(["torch", "pandas", "sharetie.train"])  # once for all processes
 
 
 def toy(n=60):
@@ -712,15 +707,9 @@ def test_a_history_without_a_best_epoch(history):
 # ---- several processes
 
 
-def join(rank, folder):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")  # no look-up of this host's name
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-
-
-def with_ddp(rank, folder):
+def with_ddp(folder):
     "Half of each batch per process; then a resumed run, and a loss that is NaN in one process only."
-    join(rank, folder)
+    rank = dist.get_rank()
     half = tuple(t[rank::2] for t in toy())
     def wrapped(): return nn.parallel.DistributedDataParallel(plain())
     model, resumed, path = wrapped(), wrapped(), Path(folder, "ddp.pt")
@@ -730,15 +719,13 @@ def with_ddp(rank, folder):
     try: fit(model, (half[0] / (1 - rank), half[1]), F.cross_entropy)
     except FloatingPointError as e: error = str(e)
     state = {k: v.numpy() for k, v in model.module.state_dict().items()}
-    dist.destroy_process_group()
     return state, pd.DataFrame(history), same(model, resumed), error, sorted(os.listdir(folder))
 
 
-def with_fsdp(rank, folder):
+def with_fsdp(folder):
     "The same model in shards, on the same data in both processes."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    join(rank, folder)
     mesh = init_device_mesh("cpu", (2,))
     def wrapped():
         model = plain()
@@ -749,7 +736,6 @@ def with_fsdp(rank, folder):
     fit(wrapped(), toy(), F.cross_entropy, epochs=2, valid=toy(30), patience=3, clip=10.0, checkpoint=path)
     fit(resumed, toy(), F.cross_entropy, epochs=5, valid=toy(30), patience=3, clip=10.0, checkpoint=path)
     state, again = ({k: v.full_tensor().numpy() for k, v in m.state_dict().items()} for m in (model, resumed))
-    dist.destroy_process_group()
     return state, pd.DataFrame(history), all((state[k] == again[k]).all() for k in state), None, sorted(os.listdir(folder))
 
 
@@ -758,23 +744,12 @@ def plain():
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
-@pytest.fixture(scope="module")
-def pool():
-    "Two processes, for all tests that need them."
-    with ProcessPoolExecutor(2, mp_context=PROCESSES) as pool: yield pool
-
-
-def in_two_processes(pool, f, folder):
-    futures = [pool.submit(f, rank, str(folder)) for rank in range(2)]
-    return [future.result() for future in as_completed(futures)]
-
-
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is without torch.distributed")
 @pytest.mark.parametrize("f, name", [(with_ddp, "ddp"), (with_fsdp, "fsdp")])
-def test_two_processes_train_like_one(tmp_path, pool, f, name):
+def test_two_processes_train_like_one(tmp_path, f, name):
     model = plain()
     history = fit(model, toy(), F.cross_entropy, epochs=5, valid=toy(30), patience=3, clip=10.0)
-    (state, table, resumed, error, files), other = in_two_processes(pool, f, tmp_path)
+    (state, table, resumed, error, files), other = in_two_processes(f, tmp_path, tmp_path)
     for key, value in model.state_dict().items(): np.testing.assert_allclose(state[key], value.numpy(), rtol=1e-4, atol=1e-6)
     pd.testing.assert_frame_equal(table, pd.DataFrame(history), rtol=1e-4)
     pd.testing.assert_frame_equal(table, other[1], check_exact=True)

@@ -1,14 +1,13 @@
 "The tying penalty: who is tied, the dial, the steps beside the optimizer, and what it refuses."
 import copy
 import math
-import multiprocessing
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from processes import in_two_processes
 from sharetie.distances import DISTANCES
 from sharetie.tying import StrengthSchedule, TiePenalty, accumulate_grad_, anneal, fisher_diagonal, harden_, proximal_
 
@@ -594,36 +593,27 @@ def test_anything_but_a_penalty_is_refused(call):
     with pytest.raises(TypeError, match="penalty: a TiePenalty is expected, got NoneType"): call(None)
 
 
-PRELOAD = ["torch", "pandas", "sharetie.train"]  # imported once for all processes
-
-
-def sharded(rank, world, meeting):
+def sharded():
     "One process of FSDP2: every distance, its gradient and a proximal step equal the unsharded ones."
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    try:
-        mesh = init_device_mesh("cpu", (world,))
-        for distance in DISTANCES:
-            plain, models = [mlp(0), mlp(1)], [mlp(0), mlp(1)]
-            for model in models: fully_shard(model, mesh=mesh)
-            ours, whole = TiePenalty(*models, distance=distance), TiePenalty(*plain, distance=distance)
-            torch.testing.assert_close(ours(), whole())
-            accumulate_grad_(ours)
-            accumulate_grad_(whole)
-            for p, q in zip(models[0].parameters(), plain[0].parameters()): torch.testing.assert_close(p.grad.full_tensor(), q.grad)
-            if distance == "squared_l2":
-                proximal_(ours, 0.1)
-                proximal_(whole, 0.1)
-                for p, q in zip(models[1].parameters(), plain[1].parameters()): torch.testing.assert_close(p.full_tensor(), q)
-    finally: dist.destroy_process_group()
+    mesh = init_device_mesh("cpu", (2,))
+    for distance in DISTANCES:
+        plain, models = [mlp(0), mlp(1)], [mlp(0), mlp(1)]
+        for model in models: fully_shard(model, mesh=mesh)
+        ours, whole = TiePenalty(*models, distance=distance), TiePenalty(*plain, distance=distance)
+        torch.testing.assert_close(ours(), whole())
+        accumulate_grad_(ours)
+        accumulate_grad_(whole)
+        for p, q in zip(models[0].parameters(), plain[0].parameters()): torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+        if distance == "squared_l2":
+            proximal_(ours, 0.1)
+            proximal_(whole, 0.1)
+            for p, q in zip(models[1].parameters(), plain[1].parameters()): torch.testing.assert_close(p.full_tensor(), q)
 
 
 def test_two_processes_of_fsdp2_equal_one(tmp_path):
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    torch.multiprocessing.start_processes(sharded, (2, tmp_path / "meeting"), nprocs=2, start_method=method)
+    in_two_processes(sharded, tmp_path)
 
 
 # What a second review found
