@@ -15,6 +15,9 @@ export MPLBACKEND := agg
 # One thread per process: faster for small networks, and the same bits wherever the chapters run.
 chapters: export OMP_NUM_THREADS := 1
 
+# Compiled modules are kept: the tests start many processes.
+test: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help book test chapters bench preview clean
 
 help:

@@ -127,6 +127,9 @@ def text(tree):
     return text(c) + (" " if kind in ("Para", "Plain", "Header", "Cell") else "")
 
 
+LEAVES = {"Str", "Space", "SoftBreak", "LineBreak", "Code", "CodeBlock", "Math", "RawInline", "RawBlock"}
+
+
 def elements(tree):
     "Every element of `tree`, parents first, in the order of the text."
     left = [tree]
@@ -134,7 +137,7 @@ def elements(tree):
         x = left.pop()
         if isinstance(x, dict):
             if "t" in x: yield x
-            left += reversed(x.values())
+            if x.get("t") not in LEAVES: left += reversed(x.values())
         elif isinstance(x, list): left += reversed(x)
 
 

@@ -42,11 +42,10 @@ def fill(frame, fields):
 
 def highlight(pages):
     "Turn all code of the book into HTML in one run, for pandoc takes half a second to learn a language."
-    blocks = [e for page in pages for e in elements(page.blocks) if e["t"] == "CodeBlock"]
-    tree = json.dumps(VERSION | {"meta": {}, "blocks": [x for b in blocks for x in (b, raw(SPLIT))]})
+    blocks = [[e for e in elements(page.blocks) if e["t"] == "CodeBlock"] for page in pages]
+    tree = json.dumps(VERSION | {"meta": {}, "blocks": [x for own in blocks for b in own for x in (b, raw(SPLIT))]})
     pieces = iter(enumerate(pandoc(tree, "-f", "json", "-t", "html5", "--wrap=none").split(SPLIT), 1))
-    for page in pages:
-        own = (e for e in elements(page.blocks) if e["t"] == "CodeBlock")
+    for own in blocks:
         for k, (block, (n, piece)) in enumerate(zip(own, pieces), 1):
             block |= raw(re.sub(rf'(?<=["#])cb{n}(?=[-"])', f"cb{k}", piece.strip()))
 

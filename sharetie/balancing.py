@@ -86,17 +86,17 @@ class Balancer(nn.Module):
         "Add to the gradients of all parameters that the losses depend on."
         losses, shared = _checked(losses, self.on_nan), _parameters(shared)
         if self.tasks is not None: self._places(losses)
-        for name, loss in losses.items(): self._check_attached(name, loss, shared, representation)
-        return self._backward(losses, shared, representation, scaler)
+        reach = {name: _leaves(loss, representation) for name, loss in losses.items()}
+        for name, found in reach.items(): self._check_attached(name, *found, shared, representation)
+        return self._backward(losses, [leaves for leaves, _ in reach.values()], shared, representation, scaler)
 
     def _places(self, names):
         "Where the tasks of a batch stand among all."
         for name in names: one_of(name, "losses", self.tasks)
         return [self.tasks.index(name) for name in names]
 
-    def _check_attached(self, name, loss, shared, representation):
+    def _check_attached(self, name, leaves, met, shared, representation):
         "Raise unless the loss depends on a shared parameter, and on the representation if there is one."
-        leaves, met = _leaves(loss, representation)
         if representation is not None:
             need(met, f"losses[{name!r}]", "a loss that depends on the representation", "one that does not")
             past = any(id(p) in leaves for p in shared)
@@ -112,7 +112,7 @@ class LossWeights(Balancer):
     ) -> tuple[Tensor, Tensor]:  # the objective, a scalar, and the weights (tasks,) that it gives to the losses
         raise NotImplementedError
 
-    def _backward(self, losses, shared, representation, scaler):
+    def _backward(self, losses, leaves, shared, representation, scaler):
         objective, weights = self.weigh(torch.stack([*losses.values()]), [*losses])
         (objective if scaler is None else scaler.scale(objective)).backward()
         return weights.detach()
@@ -122,7 +122,7 @@ class Equal(LossWeights):
     "The sum of the losses."
     def weigh(self, losses, names): return losses.sum(), torch.ones_like(losses)
 
-
+# %% ../nbs/21_balancing.ipynb #bfc26d1e
 class RandomWeights(LossWeights):
     "Weights drawn anew at each step, with the number of tasks as their sum. Source: Lin et al. 2022."
     def __init__(self,
@@ -136,7 +136,7 @@ class RandomWeights(LossWeights):
         drawn = torch.randn(len(losses), generator=self.generator).softmax(0).to(losses) * len(losses)
         return (drawn * losses).sum(), drawn
 
-
+# %% ../nbs/21_balancing.ipynb #d7533cb0
 class ScaleInvariant(LossWeights):
     "The mean of the losses' logarithms. Raises ValueError for a loss that is not positive."
     def weigh(self, losses, names): return _logarithms(losses, names).mean(), 1 / losses / len(losses)
@@ -208,7 +208,7 @@ class DynamicAverage(LossWeights):
         self.total.zero_()
         self.count.zero_()
 
-
+# %% ../nbs/21_balancing.ipynb #c7475c9c
 class Prioritization(LossWeights):
     """Weights by how badly each task does, from a key figure that is told by `observe`; equal before.
 
@@ -295,7 +295,7 @@ class FAMO(LossWeights):
         self._seen = None
 
 # %% ../nbs/21_balancing.ipynb #4eef7058
-PIECE = 2 ** 18  # elements of each gradient that are multiplied at a time
+PIECE = 2 ** 15  # elements of each gradient that are multiplied at a time
 
 
 def _gram(rows):
@@ -323,6 +323,9 @@ def _add_up(rows, coefficients):
             total[i] = g.mul_(a) if total[i] is None else total[i].add_(g, alpha=a)
     return total
 
+
+def _plain_sum(rows): return _add_up(rows, [1.] * len(rows)), torch.ones(len(rows))
+
 # %% ../nbs/21_balancing.ipynb #774d4e36
 def _own_gradients(losses, shared):
     "For each loss the gradients of `shared`, as a row; those of all other leaves are left in their .grad."
@@ -337,13 +340,12 @@ def _own_gradients(losses, shared):
     return rows
 
 
-def _own_slopes(losses, z):
-    "For each loss the gradient of the representation, as a row of one; leaves above it get theirs."
+def _own_slopes(losses, leaves, z):
+    "For each loss the gradient of the representation, as a row of one; its `leaves` above that get theirs."
     rows = []
-    for i, loss in enumerate(losses, 1):
-        leaves = list(_leaves(loss, z)[0].values())
-        dz, *rest = torch.autograd.grad(loss, [z, *leaves], retain_graph=i < len(losses))
-        for p, g in zip(leaves, rest): _accumulate(p, g)
+    for i, (loss, own) in enumerate(zip(losses, leaves), 1):
+        dz, *rest = torch.autograd.grad(loss, [z, *own.values()], retain_graph=i < len(losses))
+        for p, g in zip(own.values(), rest): _accumulate(p, g)
         rows.append([dz])
     return rows
 
@@ -361,7 +363,7 @@ def _average(tensors, group):
 
 
 class _Apart:
-    "Within it leaves collect new gradients from nothing; after it these are averaged over processes and added."
+    "Within it leaves collect new gradients from nothing. They are averaged and added after it, or dropped if it fails."
     def __init__(self, leaves, group): self.leaves, self.group = leaves, group
 
     def __enter__(self):
@@ -372,10 +374,10 @@ class _Apart:
         new = [p.grad for p in self.leaves]
         for p, g in zip(self.leaves, self.before): p.grad = g
         if kind is not None: return
-        for p, g in zip(self.leaves, new):
-            g = torch.zeros_like(p) if g is None else g
-            _average([g], self.group)
-            _accumulate(p, g)
+        if self.group is not None:
+            new = [torch.zeros_like(p) if g is None else g for p, g in zip(self.leaves, new)]
+            _average(new, self.group)
+        for p, g in zip(self.leaves, new): _accumulate(p, g)
 
 # %% ../nbs/21_balancing.ipynb #fc647d5d
 class GradientBalancer(Balancer):
@@ -399,22 +401,19 @@ class GradientBalancer(Balancer):
         a = self.coefficients(gram, losses)
         return _add_up(rows, a.tolist()), a
 
-    def _backward(self, losses, shared, z, scaler):
+    def _backward(self, losses, leaves, shared, z, scaler):
         scaled = [loss if scaler is None else scaler.scale(loss) for loss in losses.values()]
         scale = 1. if scaler is None else scaler.get_scale()
-        if self.group is None: return self._step(losses, scaled, shared, z, scale)
-        leaves = {key: p for loss in scaled for key, p in _leaves(loss)[0].items()}
-        if z is None: leaves = {key: p for key, p in leaves.items() if key not in {id(p) for p in shared}}
-        with _Apart(list(leaves.values()), self.group): return self._step(losses, scaled, shared, z, scale)
-
-    def _step(self, losses, scaled, shared, z, scale):
-        "Let `combine` decide, and put its combination in place."
-        rows = _own_gradients(scaled, shared) if z is None else _own_slopes(scaled, z)
-        gram = self._inner_products(rows, z) / scale ** 2
-        if scale != 1 and not gram.isfinite().all(): combined, a = _add_up(rows, [1.] * len(rows)), torch.ones(len(rows))
-        else: combined, a = self.combine(rows, gram, losses)
-        if z is not None: z.backward(combined[0])
-        else:
+        touched = {key: p for own in leaves for key, p in own.items()}
+        if z is None: touched = {key: p for key, p in touched.items() if key not in {id(p) for p in shared}}
+        else: touched |= _leaves(z)[0] or {id(z): z}
+        with _Apart(list(touched.values()), self.group):
+            rows = _own_gradients(scaled, shared) if z is None else _own_slopes(scaled, leaves, z)
+            gram = self._inner_products(rows, z) / scale ** 2
+            overflow = scaler is not None and not gram.isfinite().all()  # the scaler will see it, and skip the step
+            combined, a = _plain_sum(rows) if overflow else self.combine(rows, gram, losses)
+            if z is not None: z.backward(combined[0])
+        if z is None:
             for p, g in zip(shared, combined): _accumulate(p, g)
         return a
 
@@ -463,7 +462,7 @@ class GradVac(GradientBalancer):
         self.target[at[:, None], at] = new.fill_diagonal_(0).clamp(-.999, .999)
         return a
 
-
+# %% ../nbs/21_balancing.ipynb #41c447cb
 class GradNorm(GradientBalancer):
     "Weights that bring the gradients to lengths in proportion to what losses are left. Source: Chen et al. 2018."
     def __init__(self,
@@ -491,7 +490,7 @@ class GradNorm(GradientBalancer):
         self.logits.move((lengths / wanted).log().abs().sum())
         return weights.detach()
 
-
+# %% ../nbs/21_balancing.ipynb #4cadf333
 class GradDrop(GradientBalancer):
     "Per weight, the gradients of one sign. Source: Chen et al. 2020."
     def __init__(self,

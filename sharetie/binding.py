@@ -17,7 +17,7 @@ from .checking import Broken, BrokenTie, check_ties, equal_values
 from .checking import _at, _broken, _compare, _differ, _holding, _holds, _made_of, _valued
 from .errors import need, one_of
 from .finding import Map, Reshape, Scale, Slice, Tie, Ties, Transpose
-from .finding import _walk, find_ties, places, view_map
+from .finding import _Walk, find_ties, places, view_map
 from .making import Declared, Function, declared_ties, tie_
 from .making import _aliases, _bind, _changeable, _declare, _keeper, _put, _what
 from .sharing import _replace, share_module_, untie_
@@ -41,7 +41,7 @@ def retie_(
     with _Whole(model):
         for group in _groups(model): _mend(model, group, on_conflict, writes)
         _mend_modules(model)
-        broken = _broken(model, _walk(model))
+        broken = _broken(model, _Walk(model))
         views = () if broken else find_ties(model).pseudo
         broken += [wrong for tie in views if (wrong := _mend_view(model, tie))]
         if broken: raise BrokenTie(broken)
@@ -257,7 +257,7 @@ class _Keeper:
 
     def before_load(self, model, state, prefix, *_):
         "Make a state dict's values of each tie one, or raise."
-        if broken := _broken(model, _walk(model)): raise BrokenTie(broken)
+        if broken := _broken(model, _Walk(model)): raise BrokenTie(broken)
         loader = _Loaded(model, state, prefix, self.on_conflict)
         self.groups = [tie.names for tie in find_ties(model).true]
         for names in self.groups: loader.settle(names)

@@ -52,21 +52,23 @@ def _axes(batch_axis, count):
     return axes
 
 
-def _examples(named, axes, copies=1):
+def _examples(named, axes, copies=1, hint=""):
     "The inputs by name, with their first example alone, so many times; an axis may be a function."
     sizes, done = {}, {}
     for axis, (key, value) in zip(axes, named.items()):
         def first(t, name, axis=axis):
             if callable(axis): axis = axis(t)
+            axis, rows = axis if isinstance(axis, tuple) else (axis, 1)
             plain = axis is None or t.layout is torch.strided and not t.is_nested
             need(plain, name, "a plain (strided) tensor, or batch_axis=None", t.layout, TypeError)
             if axis is None or not t.ndim: return t.detach().clone()
             need(-t.ndim <= axis < t.ndim, "batch_axis", f"an axis of {name} ({t.ndim} axes)", axis)
-            sizes[name] = t.shape[axis]
-            return torch.cat([t.detach().narrow(axis, 0, min(1, t.shape[axis]))] * copies, axis)
+            need(t.shape[axis] % rows == 0, name, f"{rows} rows for each example along axis {axis}", tuple(t.shape))
+            sizes[name] = t.shape[axis] // rows
+            return torch.cat([t.detach().narrow(axis, 0, min(rows, t.shape[axis]))] * copies, axis)
         done[key] = _map(value, key, first)
-    hint = "as many examples in each input (a tuple of axes, with None for an input without examples)"
-    need(len(set(sizes.values())) < 2, "batch_axis", hint, sizes)
+    expected = "as many examples in each input (a tuple of axes, with None for an input without examples)"
+    if len(set(sizes.values())) > 1: raise ValueError(f"batch_axis: {expected} is expected, got {sizes}{hint}")
     need(0 not in sizes.values(), "inputs", "at least one example", sizes)
     return done
 
@@ -80,13 +82,19 @@ def _own_axes(layer, names):
     if not isinstance(layer, _LAYERS): return None
     if not type(layer).forward.__module__.startswith("torch.nn."): return None  # a forward of its own
     first = next(m.batch_first for m in layer.modules() if hasattr(m, "batch_first"))
+    heads = next((m.num_heads for m in layer.modules() if isinstance(m, nn.MultiheadAttention)), 1)
     def axis(name):
         if "padding_mask" in name: return lambda t: 0 if t.ndim == 2 else None
-        if "mask" in name: return lambda t: None
+        if "mask" in name: return lambda t: (0, heads) if t.ndim == 3 else None
         return lambda t: None if t.ndim != 3 else 0 if first and name != "hx" else 1
     return [axis(name) for name in names]
 
 # %% ../nbs/03_census.ipynb #9c7199de
+def _time_first(model):
+    "The layers of a model that take time first, and examples second."
+    return [m for m in model.modules() if isinstance(m, _LAYERS[:2]) and not m.batch_first]
+
+
 @contextmanager
 def _lengths(model):
     "Note, with the layer, the length of each sequence that meets a layer which takes time first."
@@ -94,8 +102,7 @@ def _lengths(model):
     def note(layer, args, kwargs):
         x = next(iter((*args, *kwargs.values())), None)
         if isinstance(x, Tensor) and x.ndim == 3: met.append((layer, x.shape[0]))
-    layers = [m for m in model.modules() if isinstance(m, _LAYERS[:2]) and not m.batch_first]
-    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers]
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in _time_first(model)]
     try: yield met
     finally:
         for handle in handles: handle.remove()
@@ -150,7 +157,13 @@ def _mark(counter, tensor, name):
     counter.origins[tensor] = Origin("data")
 
 # %% ../nbs/03_census.ipynb #37386d89
-def _run(model, example, count, training):
+def _hint(model):
+    "What may be wrong where examples were looked for in the wrong place."
+    first = "a layer of this model is not batch_first and takes time first, so its examples may be in batch_axis=1"
+    return f"; {first}" if _time_first(model) else ""
+
+
+def _run(model, example, count, training, hint=""):
     "Run a model on an example whose first `count` inputs are given by position; the uses, and the lengths met."
     counter, items = UseCounter(model), list(example.items())
     for key, value in items: _map(value, key, lambda t, name: _mark(counter, t, name))
@@ -158,7 +171,7 @@ def _run(model, example, count, training):
         try: model(*(value for _, value in items[:count]), **dict(items[count:]))
         except Exception as error:
             error.add_note("census gave the model one example, cut along batch_axis; with batch_axis=None "
-                           "the inputs are one example as they are")
+                           f"the inputs are one example as they are{hint}")
             raise
     return counter, met
 
@@ -182,7 +195,8 @@ def census(
     given, count = {f"inputs[{i}]": value for i, value in enumerate(inputs)} | kwargs, len(inputs)
     own = _own_axes(layer, names) if auto else None
     axes = own or _axes(0 if auto else batch_axis, len(given))
-    counter, once = _run(model, _examples(given, axes), count, training)
+    hint = _hint(model) if not own and (auto or batch_axis == 0) else ""
+    counter, once = _run(model, _examples(given, axes, hint=hint), count, training, hint)
     if auto and not own and any(length == 1 for _, length in once):
         try: twice = _run(model, _examples(given, axes, copies=2), count, training)[1]
         except Exception: twice = None

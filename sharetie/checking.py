@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 
 from .errors import need
-from .finding import Ties, _find, _walk, module_paths, places
+from .finding import Ties, _find, _Walk, module_paths, places
 from .making import equal_values
 from .making import _declared, _kinds, _what
 from .sharing import _check_same
@@ -54,8 +54,8 @@ def check_ties(
 
     With an optimizer also: what it steps that is not in the model, what it lacks, what it steps twice.
     TypeError for anything but a module and optimizers."""
-    walked = list(_walk(model))
-    broken, ties = _broken(model, walked), _find(walked)
+    walk = _Walk(model)
+    broken, ties = _broken(model, walk), _find(walk)
     if optimizer is not None: broken += _check_optimizer(model, optimizer, ties.pseudo, complete)
     for tie in ties.pseudo if pseudo else ():
         why = f"several tensors over one memory ({tie.how})"
@@ -64,9 +64,9 @@ def check_ties(
     return ties
 
 
-def _broken(model, walked):
+def _broken(model, walk):
     "What is wrong with the ties that were declared on a model, or in it."
-    return [_diagnose(model, declared) for declared in _declared(walked) if not _holds(model, declared)]
+    return [_diagnose(model, declared) for declared in _declared(walk) if not _holds(model, declared)]
 
 # %% ../nbs/02_checking.ipynb #42efbcf0
 def _holds(model, declared):
@@ -132,24 +132,36 @@ def _diagnose(model, declared):
     if declared.kind == "module": return _diagnose_module(model, declared)
     source, why = _holding(model, declared._replace(map=None), declared.names[0])
     if source is None: return Broken(declared.names, why, "put it back")
-    told, mend = [], "retie_(model) mends it"
+    told, mends = [], [(0, "retie_(model) mends it")]
     for name in declared.names[1:]:
-        text, fine = _told(model, declared, source, name)
+        text, mend = _told(model, declared, source, name)
         if text: told.append(text)
-        if fine is None: mend = f"make {name!r} a plain {declared.kind} again, then retie_(model)"
-        elif not fine: mend = "retie_(model, on_conflict='first') keeps the first, 'mean' takes the mean"
+        if mend: mends.append(mend)
+    mend = max(mends)[1]  # the hardest
     return Broken(declared.names, f"beside {declared.names[0]!r}, {', '.join(told)}", mend)
 
 
 def _told(model, declared, source, name):
-    "What a member holds, in words, and whether it can become what it should be; None: it is no tensor."
+    "What a member holds, in words, and how hard it is to mend and how, where that is not for `retie_` alone."
     value, mapped = _holding(model, declared, name)
-    if value is source: return "", True
-    if value is None: return mapped, None
-    made = source if mapped or declared.map is None else _made_of(source, declared.map)
-    if made is None: return f"{name!r} cannot be {declared.map} of what is there now", False
+    if value is source: return "", None
+    if value is None: return mapped, (4, f"make {name!r} a plain {declared.kind} again, then retie_(model)")
+    lossless = mapped or declared.map is None
+    made = source if lossless else _made_of(source, declared.map)
+    fit = 3, f"give {declared.names[0]!r} and {name!r} shapes that fit, or untie_(model, {name!r})"
+    if made is None: return f"{name!r} cannot be {declared.map} of what is there now", fit
     text, fine = _compare(made, value)
-    return f"{name!r} {text}", fine
+    return f"{name!r} {text}", fit if _what(made)["shape"] != _what(value)["shape"] else \
+        _policies(source, lossless or hasattr(declared.map, "inverse"), fine, value)
+
+
+def _policies(source, back, fine, value):
+    "How `retie_` mends a member of the right shape: `back` tells whether a source can be made of its value."
+    if not back and not _valued(source) and _valued(value): return 2, "give the source values, then retie_(model)"
+    if fine: return None
+    first = "retie_(model, on_conflict='first') keeps the first"
+    mean = back and (source.is_floating_point() or source.is_complex())
+    return (1, f"{first}, 'mean' takes the mean") if mean else (2, f"{first}")
 
 
 def _made_of(source, map):

@@ -77,4 +77,6 @@ def dedup(source, target, force, as_json):
     "Write the checkpoint IN as a safetensors file OUT in which equal tensors are stored once."
     done = _plainly(dedup_file, source, target, force)
     if as_json: click.echo(json.dumps({"source": str(source), "target": str(target)} | done._asdict(), ensure_ascii=False))
-    else: click.echo(f"{target}: {_size(done.before)} became {_size(done.after)}, {len(done.names)} tensors less")
+    else:
+        less = f"{n} tensor{'s' * (n != 1)} less" if (n := len(done.names)) else "nothing was there twice"
+        click.echo(f"{target}: {_size(done.before)} became {_size(done.after)}, {less}")

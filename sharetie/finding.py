@@ -7,10 +7,12 @@ __all__ = ['module_paths', 'Place', 'places', 'Tie', 'Ties', 'find_ties', 'Map',
            'view_map']
 
 # %% ../nbs/02_finding.ipynb #8792f02f
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
+from operator import add, itemgetter
 from typing import NamedTuple
 
 import torch
@@ -31,26 +33,46 @@ def module_paths(
     """Every path to every module, the model itself at "", in the order of registration.
 
     A module that holds itself, at whatever depth, is entered once. Raises TypeError for no module."""
-    return [(prefix[:-1], module) for prefix, module in _walk(model)]
+    return [(prefix[:-1], module) for prefix, module in _Walk(model)]
 
 
-def _walk(model):
-    "Pairs of a path with a dot and a module, for the model and all below it."
-    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
-    prefixes, modules = [], []
-    _enter("", model, set(), prefixes, modules)
-    return zip(prefixes, modules)
+class _Walk:
+    "The modules of a model by every path, for each the one above it and its name there; a path is spelled when asked for."
+    def __init__(self, model):
+        need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
+        self.modules, self.above, self.keys = [model], [0], [""]
+        self.enter(model, 0, {id(model)})
 
+    def enter(self, module, at, inside):
+        "Note all that is below a module, but for those that it is inside of."
+        modules, above, keys = self.modules, self.above, self.keys
+        for key, child in module._modules.items():
+            if child is None or id(child) in inside: continue
+            modules.append(child)
+            above.append(at)
+            keys.append(key)
+            if child._modules: self.enter(child, len(modules) - 1, {*inside, id(child)})
 
-def _enter(prefix, module, above, prefixes, modules):
-    "Note a module and all below it, but for those that it is inside of."
-    prefixes.append(prefix)
-    modules.append(module)
-    above.add(id(module))
-    for name, child in module._modules.items():
-        if child is not None and id(child) not in above:
-            _enter(f"{prefix}{name}.", child, above, prefixes, modules)
-    above.discard(id(module))
+    def prefix(self, i):
+        "The path to a module, with a dot."
+        path = ""
+        while i: path, i = f"{self.keys[i]}.{path}", self.above[i]
+        return path
+
+    def held(self):
+        "All tensors of the modules in a row, None for one that is not there, and where those of each module end."
+        tensors, ends = [], []
+        for module in self.modules:
+            if own := module._parameters: tensors.extend(own.values())
+            if own := module._buffers: tensors.extend(own.values())
+            ends.append(len(tensors))
+        return tensors, ends
+
+    def __iter__(self):
+        prefixes = []
+        for module, above, key in zip(self.modules, self.above, self.keys):
+            prefixes.append(f"{prefixes[above]}{key}." if prefixes else "")
+            yield prefixes[-1], module
 
 # %% ../nbs/02_finding.ipynb #d76a128d
 class Place(NamedTuple):
@@ -69,7 +91,7 @@ def places(
 
     Raises TypeError for anything but a module."""
     return {prefix + name: Place(prefix + name, module, name, kind, tensor)
-            for prefix, module in _walk(model)
+            for prefix, module in _Walk(model)
             for kind, held in (("parameter", module._parameters), ("buffer", module._buffers))
             for name, tensor in held.items() if tensor is not None}
 
@@ -103,47 +125,71 @@ def _extent(tensor):
 
 # %% ../nbs/02_finding.ipynb #a963c736
 def _spans(tensors):
-    "Parallel lists (start, stop, whose, part) of the bytes of plain tensors, for all that can overlap."
-    starts, stops, owners, parts = real = [], [], [], []
-    meta, plain = {}, {nn.Parameter, Tensor}
+    "Parallel lists (starts, stops, owners, parts) of the bytes of plain tensors; of those without memory, sizes from 0."
+    if {*map(type, tensors)} <= {nn.Parameter, Tensor}:
+        try: return *_bytes(tensors), range(len(tensors)), tensors
+        except (RuntimeError, NotImplementedError): pass  # one of them is sparse, or inside of a transform
+    starts, stops, owners, parts = [], [], [], []
     for i, tensor in enumerate(tensors):
-        for part in (tensor,) if type(tensor) in plain else _parts(tensor):
-            try: start = part.data_ptr()
+        for part in _parts(tensor):
+            try: (start,), (stop,) = _bytes([part])
             except (RuntimeError, NotImplementedError): continue  # no strided memory
-            if not (size := part.nbytes if part.is_contiguous() else _extent(part)): continue
-            if part.is_meta: _note(meta, part, size, i)
-            else:
-                starts.append(start)
-                stops.append(start + size)
-                owners.append(i)
-                parts.append(part)
-    return [real, *meta.values()]
+            for of, value in zip((starts, stops, owners, parts), (start, stop, i, part)): of.append(value)
+    return starts, stops, owners, parts
 
 
-def _note(meta, part, size, i):
-    "Note a part without memory by its place in its storage."
-    start = part.storage_offset() * part.element_size()
-    spans = meta.setdefault(part.untyped_storage()._cdata, ([], [], [], []))
-    for of, value in zip(spans, (start, start + size, i, part)): of.append(value)
+def _bytes(parts):
+    "Where the bytes of strided tensors start and stop; one call for all is much faster than a loop."
+    starts, stops = list(map(Tensor.data_ptr, parts)), list(map(Tensor.nbytes.__get__, parts))
+    for k, dense in enumerate(map(Tensor.is_contiguous, parts)):
+        if not dense: stops[k] = _extent(parts[k])
+    return starts, list(map(add, starts, stops))
 
 # %% ../nbs/02_finding.ipynb #98f18823
+def _runs(starts, stops):
+    "Lists of the indices of intervals that overlap, directly or through others, by their starts."
+    runs, reach, last = [], -1, None
+    for k in sorted(range(len(starts)), key=starts.__getitem__):
+        if starts[k] >= reach: run = None
+        elif run is None: runs.append(run := [last, k])
+        else: run.append(k)
+        if stops[k] > reach: reach = stops[k]
+        last = k
+    return runs
+
+# %% ../nbs/02_finding.ipynb #060c75d0
+def _near(tensors):
+    "Lists of (start, stop, owner, part) of tensors whose intervals overlap, each sorted by start."
+    starts, stops, owners, parts = _spans(tensors)
+    for run in _runs(starts, stops):
+        apart = {}
+        for k in run:
+            start, stop, part = starts[k], stops[k], parts[k]
+            storage = None
+            if start == stop: continue
+            if not part.untyped_storage().data_ptr():  # of the meta device, or released
+                storage, stop = part.untyped_storage()._cdata, stop - start
+                start = part.storage_offset() * part.element_size()
+                stop += start
+            apart.setdefault(storage, []).append((start, stop, owners[k], part))
+        yield from (sorted(own, key=itemgetter(0)) for own in apart.values())
+
+
 def _clusters(tensors):
     "Lists of the indices of tensors that overlap, directly or through others."
     joined = {}
     def root(i):
         while joined.setdefault(i, i) != i: i = joined[i]
         return i
-    for starts, stops, owners, parts in _spans(tensors):
-        active, reach = [], -1
-        for k in sorted(range(len(starts)), key=starts.__getitem__):
-            start = starts[k]
-            if start >= reach: active.clear()
-            else: active = [j for j in active if stops[j] > start]
-            for j in active:
-                a, b = root(owners[j]), root(owners[k])
-                if a != b and _overlap(parts[j], parts[k], start - starts[j]): joined[b] = a
-            active.append(k)
-            if stops[k] > reach: reach = stops[k]
+    for near in _near(tensors):
+        active = []
+        for here in near:
+            start, _, owner, part = here
+            active = [one for one in active if one[1] > start]
+            for other, _, whose, before in active:
+                a, b = root(whose), root(owner)
+                if a != b and _overlap(before, part, start - other): joined[b] = a
+            active.append(here)
     clusters = {}
     for i in sorted(joined): clusters.setdefault(root(i), []).append(i)
     return [cluster for cluster in clusters.values() if len(cluster) > 1]
@@ -260,29 +306,33 @@ def find_ties(
 
     Overlap of strided views is exact, up to a search of 20,000 steps; beyond, intervals decide.
     Raises TypeError for anything but a module."""
-    return _find(list(_walk(model)))
+    return _find(_Walk(model))
 
 
-def _find(walked):
-    "The ties in the modules that a walk gave."
-    named = [tensor for _, module in walked for own in (module._parameters, module._buffers) if own
-             for tensor in own.values() if tensor is not None]
-    held, again = dict(zip(map(id, named), named)), set()
-    if len(held) < len(named): again = {i for i, n in Counter(map(id, named)).items() if n > 1}
-    tensors = list(held.values())
+def _find(walk):
+    "The ties in the modules of a walk."
+    named, ends = walk.held()
+    ids, again = list(map(id, named)), set()
+    held = dict(zip(ids, named))
+    if len(held) < len(ids): again = {i for i, n in Counter(ids).items() if n > 1}
+    held.pop(id(None), None)
+    tensors, again = list(held.values()), again & held.keys()
     clusters = [[id(tensors[i]) for i in cluster] for cluster in sorted(_clusters(tensors))]
-    rows = _rows(walked, again.union(*clusters))
+    rows = _rows(walk, ids, ends, again.union(*clusters))
     true = [_tie(rows[i]) for i in held if i in again] if again else []
     return Ties([*true, *(_pseudo([rows[i] for i in cluster]) for cluster in clusters)])
 
 
-def _rows(walked, ids):
-    "By a tensor's id, the (prefix, owner, attribute, tensor, kind) of all its names."
+def _rows(walk, ids, ends, wanted):
+    "By the id of a tensor that is wanted, the (prefix, owner, attribute, tensor, kind) of all its names."
     rows = {}
-    for prefix, module in walked if ids else ():
-        for kind, own in (("parameter", module._parameters), ("buffer", module._buffers)):
-            for name, tensor in own.items():
-                if id(tensor) in ids: rows.setdefault(id(tensor), []).append((prefix, module, name, tensor, kind))
+    for j in [j for j, i in enumerate(ids) if i in wanted] if wanted else ():
+        k = bisect_right(ends, j)
+        module = walk.modules[k]
+        name = [*module._parameters, *module._buffers][j - ends[k]]  # counted from the last
+        kind = "parameter" if name in module._parameters else "buffer"
+        tensor = (module._parameters if kind == "parameter" else module._buffers)[name]
+        rows.setdefault(ids[j], []).append((walk.prefix(k), module, name, tensor, kind))
     return rows
 
 # %% ../nbs/02_finding.ipynb #5bab15b9

@@ -18,7 +18,7 @@ from .binding import _Whole
 from .distances import _accurate
 from .errors import need, tensor, whole
 from .finding import places
-from .making import _put, tie_
+from .making import _put, _tie_all
 from .penalty import TiePenalty, _is_penalty
 from .pulls import _check_apart
 
@@ -87,13 +87,12 @@ def _share(penalty, root, everywhere):
     "Tie every group, all or none; declared on the root, if there is one."
     holder, new = root if root is not None else everywhere, {}
     trained = {w: w.requires_grad for w in penalty.parameters()}
+    for label, group in penalty.groups.items():
+        if penalty.maps[label] is None: new |= {id(m.tensor): group[0].tensor for m in group[1:]}
     try:
         with _Whole(everywhere):
-            for label, names in _names_in(holder, penalty.groups).items():
-                first, *others = weights = [m.tensor for m in penalty.groups[label]]
-                if penalty.maps[label] is None: new |= {id(w): first for w in others}
-                any_trained = any(trained[w] for w in weights)
-                tie_(holder, names, map=penalty.maps[label], trained=any_trained)
+            _tie_all(holder, [(names, penalty.maps[label], any(trained[m.tensor] for m in penalty.groups[label]))
+                              for label, names in _names_in(holder, penalty.groups).items()])
             for place in places(everywhere).values():  # that the holder does not hold
                 if id(place.tensor) in new: _put([place], new[id(place.tensor)])
     except BaseException:

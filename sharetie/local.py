@@ -50,6 +50,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return _Scatter.apply(grad, *ctx.how), None, None, None, None
 
+    @staticmethod
+    def jvp(ctx, tangent, *_): return _Gather.apply(tangent, *ctx.how)
+
 
 class _Scatter(torch.autograd.Function):
     "`_scattered`, with `_gathered` as its gradient."
@@ -64,6 +67,9 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad): return _Gather.apply(grad, *ctx.how), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_): return _Scatter.apply(tangent, *ctx.how)
 
 # %% ../nbs/10_local.ipynb #d3deb9f8
 def _sizes(value, argument, n, low):

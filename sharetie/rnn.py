@@ -230,19 +230,7 @@ def _word_counts(words):
         need(False, f"x[{row}, {i}]", "a word (padding, 0, comes after the last one)", 0)
     return counts
 
-
-def _word_counts(words):
-    "How many words each sentence has, (b,); ValueError for none, or for padding before a word."
-    counts = (words != 0).sum(1)
-    if words.is_meta or torch.compiler.is_compiling(): return counts
-    inside = torch.arange(words.shape[1], device=words.device) < counts[:, None]
-    for row in (counts == 0).nonzero()[:1, 0].tolist():
-        need(False, f"x[{row}]", "a sentence of one word or more", "padding, 0,")
-    for row, i in ((words == 0) & inside).nonzero()[:1].tolist():
-        need(False, f"x[{row}, {i}]", "a word (padding, 0, comes after the last one)", 0)
-    return counts
-
-
+# %% ../nbs/11_rnn.ipynb #5d1f70c4
 class Tagger(nn.Module):
     """Scores of tags for each word, from LSTM cells that are shared over time.
 

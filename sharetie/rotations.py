@@ -90,24 +90,25 @@ class FilterBank(Map):
         self.group, self.size = group, GROUPS[one_of(group, "group", GROUPS)]
         own = 1 if _flag(lifting, "lifting") else self.size
         self.filters, self.taken = (c, k, k) if lifting else (c, own, k, k), (c * own, k, k)
-        entries = torch.arange(c * own * k * k, device="cpu").view(1, c, own, k, k)
+        self.entries = c * own * k * k
+        entries = torch.arange(self.entries, device="cpu").view(1, c, own, k, k)
         turn = turn_image if lifting else turn_maps
-        copies = torch.stack([turn(entries, s).flatten() for s in range(self.size)])
-        self._home = self._here = _both_ways(copies)
+        copies = torch.stack([turn(entries, s).reshape(self.taken) for s in range(self.size)])
+        self._home = self._here = _both_ways(copies), _both_ways(copies.permute(0, 2, 3, 1))
 
-    def forward(self, source):
-        _check_size(source, "source", math.prod(self.filters))
-        there, back = _lists(self, source)
-        if torch.compiler.is_compiling(): copies = source.flatten(1).index_select(1, there)
-        else: copies = _Turn.apply(source.flatten(1), there, back, self.size)
-        return copies.view(-1, *self.taken)
+    def forward(self, source, last=False):
+        "All copies of some filters, their channels last in memory if wanted."
+        _check_size(source, "source", self.entries)
+        flat, (c, k, _) = source.flatten(1), self.taken
+        if torch.compiler.is_compiling(): copies = flat.index_select(1, _lists(self, flat, last)[0])
+        else: copies = _Turn.apply(flat, self, last)
+        return copies.view(-1, k, k, c).permute(0, 3, 1, 2) if last else copies.view(-1, c, k, k)
 
     def inverse(self, member):
         "The filters whose copies are nearest in the least squares: means over the copies."
-        _check_size(member, "member", math.prod(self.taken), self.size)
-        copies = member.reshape(-1, self.size * math.prod(self.filters))
-        total = _TurnBack.apply(copies, *_lists(self, member), self.size)
-        return total.view(-1, *self.filters) / self.size
+        _check_size(member, "member", self.entries, self.size)
+        copies = member.reshape(-1, self.size * self.entries)
+        return _TurnBack.apply(copies, self, False).view(-1, *self.filters) / self.size
 
     def extra_repr(self): return f"{self.filters} to {self.size} × {self.taken}, {self.group}"
 
@@ -126,17 +127,18 @@ def _flag(value, argument):
     return value
 
 # %% ../nbs/10_rotations.ipynb #d4faffd4
-def _both_ways(index):
-    "Where in a filter each entry of its copies (g, n) is, and where in the copies each entry is."
+def _both_ways(copies):
+    "Where in a filter each entry of its copies (g, …) is, and where in the copies each entry is."
+    index = copies.flatten(1)
     shift = index.shape[1] * torch.arange(len(index), device="cpu")[:, None]
     return index.flatten().int(), (index.argsort(1) + shift).flatten().int()
 
 
-def _lists(bank, like):
+def _lists(bank, like, last):
     "Both lists; they stay on the device where they were wanted last."
-    if bank._here[0].device != like.device:
-        bank._here = tuple(i.to(like.device) for i in bank._home)
-    return bank._here
+    if bank._here[last][0].device != like.device:
+        bank._here = tuple(tuple(i.to(like.device) for i in both) for both in bank._home)
+    return bank._here[last]
 
 # %% ../nbs/10_rotations.ipynb #4edd774a
 class _Turn(torch.autograd.Function):
@@ -144,17 +146,16 @@ class _Turn(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight, there, back, size): return weight.index_select(1, there)
+    def forward(weight, bank, last): return weight.index_select(1, _lists(bank, weight, last)[0])
 
     @staticmethod
-    def setup_context(ctx, inputs, output): _remember(ctx, inputs)
+    def setup_context(ctx, inputs, output): _, *ctx.how = inputs
 
     @staticmethod
-    def backward(ctx, grad):
-        return _TurnBack.apply(grad, *ctx.saved_tensors, ctx.size), None, None, None
+    def backward(ctx, grad): return _TurnBack.apply(grad, *ctx.how), None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_): return _Turn.apply(tangent, *ctx.saved_tensors, ctx.size)
+    def jvp(ctx, tangent, *_): return _Turn.apply(tangent, *ctx.how)
 
 
 class _TurnBack(torch.autograd.Function):
@@ -162,25 +163,18 @@ class _TurnBack(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(copies, there, back, size):
-        return copies.index_select(1, back).view(len(copies), size, -1).sum(1)
+    def forward(copies, bank, last):
+        back = copies.index_select(1, _lists(bank, copies, last)[1])
+        return back.view(len(copies), bank.size, -1).sum(1)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): _remember(ctx, inputs)
+    def setup_context(ctx, inputs, output): _, *ctx.how = inputs
 
     @staticmethod
-    def backward(ctx, grad):
-        return _Turn.apply(grad, *ctx.saved_tensors, ctx.size), None, None, None
+    def backward(ctx, grad): return _Turn.apply(grad, *ctx.how), None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_): return _TurnBack.apply(tangent, *ctx.saved_tensors, ctx.size)
-
-
-def _remember(ctx, inputs):
-    "Keep the lists and the number of copies for both kinds of derivative."
-    _, there, back, ctx.size = inputs
-    ctx.save_for_backward(there, back)
-    ctx.save_for_forward(there, back)
+    def jvp(ctx, tangent, *_): return _TurnBack.apply(tangent, *ctx.how)
 
 # %% ../nbs/10_rotations.ipynb #616959a1
 class GroupConv2d(nn.Module):
@@ -232,10 +226,17 @@ class GroupConv2d(nn.Module):
 def _group_conv(layer, x):
     "What a group convolution computes."
     _check_maps(layer, x)
-    bank, bias = _filters(layer)
     if not layer.lifting: x = x.flatten(1, 2)
+    bank, bias = _filters(layer, _last(x))
     y = F.conv2d(x, bank, bias, layer.stride, layer.padding)
     return y.view(len(y), layer.out_channels, layer.size, *y.shape[2:])
+
+
+def _last(x):
+    "Are these maps on the CPU, with their channels last in memory?"
+    if not x.is_cpu or torch.compiler.is_compiling(): return False
+    _, c, h, w = x.shape
+    return c > 1 and h * w > 1 and x.stride()[1:] == (1, w * c, c)
 
 # %% ../nbs/10_rotations.ipynb #d233fdcc
 def _check_maps(layer, x):
@@ -261,7 +262,7 @@ def _check_maps(layer, x):
 def _untied(layer):
     "A plain convolution with the bank of a layer."
     bias = None if layer.bias is None else layer.bias.detach()
-    bank, bias = _made(layer, layer.weight.detach(), bias)
+    bank, bias = _made(layer, layer.weight.detach(), bias, False)
     sizes = *bank.shape[1::-1], layer.kernel_size, layer.stride, layer.padding
     plain = nn.Conv2d(*sizes, bias=bias is not None, device=bank.device, dtype=bank.dtype)
     plain.load_state_dict({"weight": bank} if bias is None else {"weight": bank, "bias": bias})
@@ -279,16 +280,17 @@ def _arguments(layer):
 _BANKS = WeakKeyDictionary()  # layer: what `_keep` returns
 
 
-def _filters(layer):
+def _filters(layer, last):
     "The bank and biases of a layer; in inference on the CPU the last ones, unless a bit has changed."
     weight, bias = layer.weight, layer.bias
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _may_keep(weight, bias):
         if not torch.compiler.is_compiling(): _BANKS.pop(layer, None)
-        return _made(layer, weight, bias)
+        return _made(layer, weight, bias, last)
     parameters = (weight,) if bias is None else (weight, bias)
-    made, *kept = _BANKS.get(layer, (None,))
-    if len(kept) == len(parameters) and all(map(_unchanged, parameters, kept)): return made
-    made, *_ = _BANKS[layer] = _keep(layer, weight, bias)
+    made, order, *kept = _BANKS.get(layer, (None, None))
+    fine = order is last and len(kept) == len(parameters)
+    if fine and all(map(_unchanged, parameters, kept)): return made
+    made, *_ = _BANKS[layer] = _made(layer, weight, bias, last), last, *map(_kept, parameters)
     return made
 
 
@@ -298,21 +300,22 @@ def _unchanged(parameter, kept):
     return parameter.data_ptr() == at and parameter.dtype == dtype and torch.equal(now, then)
 
 
-def _made(layer, weight, bias):
+def _made(layer, weight, bias, last):
     "The bank of a layer, and a bias for each of its filters."
     if bias is not None: bias = bias[:, None].expand(-1, layer.size).flatten()
-    return layer.bank(weight), bias
+    return layer.bank(weight, last), bias
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _keep(layer, weight, bias):
-    "Bank and biases; of each Parameter its place, its type, its bits as a view, and a copy of them."
-    given = [p for p in (weight, bias) if p is not None]
-    bits = [p.detach().view(_BITS[p.element_size()]) for p in given]
-    kept = [(p.data_ptr(), p.dtype, now, now.clone()) for p, now in zip(given, bits)]
-    return _made(layer, weight, bias), *kept
+def _kept(parameter):
+    "Of a Parameter its place, its type, its bits as a view, and a copy of them."
+    now, size = parameter.detach(), parameter.element_size()
+    if now.is_contiguous() and not now.numel() * size % 8 and not now.data_ptr() % 8:
+        now, size = now.flatten(), 8  # fewer and longer numbers are faster to compare
+    now = now.view(_BITS[size])
+    return parameter.data_ptr(), parameter.dtype, now, now.clone()
 
 
 def _may_keep(weight, bias):

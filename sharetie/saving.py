@@ -6,7 +6,6 @@
 __all__ = ['save_model', 'Loaded', 'load_model', 'FileTie', 'FileTies', 'file_ties', 'Dedup', 'dedup_file']
 
 # %% ../nbs/02_saving.ipynb #85f2908f
-import warnings
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,12 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .binding import Broken, BrokenTie, _mean, _Whole, check_ties, declared_ties, equal_values, share_module_, tie_
+from .binding import Broken, BrokenTie, _mean, _Whole, check_ties, declared_ties, equal_values, share_module_
 from .checkpoint import CODES, KEY, Checkpoint, Derived, check_tensor, find_derived
 from .checkpoint import map_record, tie_metadata, write_tensors
 from .duplicates import *
-from .errors import need, one_of
+from .errors import need, one_of, warn
 from .finding import Ties, _extent, _memory_groups, find_ties, module_paths, places, view_map
+from .making import _tie_all
 
 # %% ../nbs/02_saving.ipynb #deed3a47
 _all_ = ["FileTie", "FileTies", "file_ties", "Dedup", "dedup_file"]
@@ -306,7 +306,7 @@ def _restore(model, file):
         if kind == "duplicate" or not {source, name} <= found.keys() or found[source].tensor is found[name].tensor: continue
         if isinstance(map, str): raise ValueError(f"{name}: only its own code can tie it, by {map}, to {source}")
         groups.setdefault((source, str(map)), ([source], map))[0].append(name)
-    for names, map in groups.values(): tie_(model, names, map)
+    if groups: _tie_all(model, [*groups.values()])
 
 # %% ../nbs/02_saving.ipynb #65843f11
 class Loaded(NamedTuple):
@@ -328,9 +328,9 @@ def _names_differ(path, missing, unexpected):
 def _warn_of(path, apart):
     "Warn of ties that only the file has."
     (a, b), *more = apart
-    warnings.warn(f"{path}: {a} and {b} are one weight in the file and two in the model"
-                  + (f", and {len(more)} more such pairs" if more else "")
-                  + "; restore_ties=True ties them, False leaves them without this warning", stacklevel=3)
+    warn(f"{path}: {a} and {b} are one weight in the file and two in the model"
+         + (f", and {len(more)} more such pairs" if more else "")
+         + "; restore_ties=True ties them, False leaves them without this warning")
 
 # %% ../nbs/02_saving.ipynb #a20ca989
 def load_model(
@@ -345,7 +345,7 @@ def load_model(
     """Load a model's state, all or nothing; the model's Parameters and ties stay, and every name gets its numbers.
 
     Raises BrokenTie where the model's ties do not hold, the file contradicts itself, or has different numbers for one
-    weight; ValueError where file and model do not fit; OSError for no file."""
+    weight; ValueError where file and model do not fit, or ties would be made inside of a wrapper; OSError for no file."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
     fine = restore_ties is None or isinstance(restore_ties, bool)

@@ -58,6 +58,39 @@ def refuses(model, call, message, error=BrokenTie):
 X = torch.tensor([1, 2])
 
 
+# The advice works
+
+def replaced(map, source=None):
+    "A mapped tie whose member was replaced."
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2)})
+    tie_(model, ["a.weight", "b.weight"], map=map)
+    model["b"] = nn.Linear(2, 2)
+    if source is not None: model["a"].weight = source
+    return model
+
+
+@pytest.mark.parametrize("map, policies", [(Transpose(), ["first", "mean"]), (torch.tril, ["first"]), (Slice(slice(0, 2)), ["first"])], ids=str)
+def test_only_policies_that_mend_are_advised(map, policies):
+    for policy in ("first", "mean"):
+        model = replaced(map)
+        with pytest.raises(BrokenTie) as told: check_ties(model)
+        assert (f"'{policy}'" in told.value.broken[0].mend) == (policy in policies)
+        if policy in policies: assert check_ties(retie_(model, on_conflict=policy) and model)
+        else: refuses(model, lambda: retie_(model, on_conflict=policy), "on_conflict='first'. keeps the first$")
+
+
+def test_shapes_that_differ_are_not_for_a_policy_to_mend():
+    model = tied()
+    model.head.weight = nn.Parameter(torch.zeros(5, 4))
+    for call in (lambda: check_ties(model), lambda: retie_(model, on_conflict="first")):
+        refuses(model, call, "give 'emb.weight' and 'head.weight' shapes that fit, or untie_.model, 'head.weight'.$")
+
+
+def test_a_source_without_values_is_asked_for_them():
+    model = replaced(torch.tril, nn.Parameter(torch.empty(2, 2, device="meta")))
+    refuses(model, lambda: retie_(model), "give the source values, then retie_")
+
+
 # Every way to break a tie is found
 
 def cast_head(state): return {name: value.half() if "head" in name else value.clone() for name, value in state.items()}

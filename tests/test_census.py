@@ -208,6 +208,40 @@ def test_attention_says_which_axis_holds_the_examples(batch_first):
     assert census(model, x, y) == census(model, x[:, :1] if not batch_first else x[:1], y[:, :1] if not batch_first else y[:1])
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_mask_per_head_is_cut_with_its_example(batch_first):
+    def batch(*shape): return torch.zeros(*shape) if batch_first else torch.zeros(*shape).transpose(0, 1)
+    x, mask = batch(3, 5, 8), torch.zeros(6, 5, 5)
+    attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    assert census(attention, x, x, x, attn_mask=mask) == census(attention, x, x, x) and census(attention, x, x, x).sharing == 5
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    assert census(layer, x, mask) == census(layer, x)
+    alone = torch.zeros(5, 8)
+    assert census(attention, alone, alone, alone, attn_mask=mask[:2]).used == census(attention, x, x, x).used
+    with pytest.raises(ValueError, match=r"attn_mask: 2 rows for each example along axis 0 is expected, got \(5, 5, 5\)"): census(attention, x, x, x, attn_mask=mask[:5])
+    with pytest.raises(ValueError, match=r"batch_axis: as many examples in each input.*'attn_mask': 2"): census(attention, x, x, x, attn_mask=mask[:4])
+
+
+class WordModel(nn.Module):
+    "Time first, and its state passed in, as in PyTorch's word_language_model."
+    def __init__(self, layers=2):
+        super().__init__()
+        self.table, self.rnn, self.head = nn.Embedding(9, 4), nn.GRU(4, 4, layers), nn.Linear(4, 9)
+
+    def forward(self, words, state):
+        out, state = self.rnn(self.table(words), state)
+        return self.head(out), state
+
+
+def test_a_state_that_is_passed_in_tells_of_the_second_axis():
+    model, words, hint = WordModel(), torch.zeros(5, 3, dtype=torch.long), "a layer of this model is not batch_first and takes time first, so its examples may be in batch_axis=1"
+    with pytest.raises(ValueError, match=rf"got \{{'inputs\[0\]': 5, 'inputs\[1\]': 2\}}; {hint}$"): census(model, words, torch.zeros(2, 3, 4))
+    with pytest.raises(RuntimeError) as told: census(model, words[:2], torch.zeros(2, 3, 4))
+    assert hint in told.value.__notes__[0], "as many steps as layers"
+    counted = census(model, words, torch.zeros(2, 3, 4), batch_axis=1)
+    assert counted.layers()["rnn"].sharing == 5 and counted.used == census(model, words[:, :1], torch.zeros(2, 1, 4), batch_axis=1).used
+
+
 def test_a_layer_inside_that_takes_axis_0_for_time_is_asked_about():
     inner, x = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4)), torch.zeros(5, 2, 3)
     for given in (x, x[:, :1], x[:1]):

@@ -89,6 +89,12 @@ def test_dedup(folder):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("copies, less", [(1, "nothing was there twice"), (2, "1 tensor less"), (3, "2 tensors less")])
+def test_dedup_counts_in_english(folder, copies, less):
+    save_file({str(i): torch.arange(3.) for i in range(copies)}, "few.safetensors")
+    assert run("dedup", "few.safetensors", "out.safetensors").output.endswith(f", {less}\n")
+
+
 def test_dedup_replaces_only_by_force(folder):
     before = (folder / "model.safetensors").read_bytes()
     done = run("dedup", "model.safetensors", "model.safetensors")

@@ -1,7 +1,6 @@
 "relax_layers_ and the recursion with halting: what they make, keep, what they refuse."
 import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from sharetie.attention import Block
 from sharetie.depth import UniversalTransformer, low_rank, relax_layers_
 from sharetie.layers import share_layers_, unshare_layers_
-from sharetie.ties import check_ties, declared_ties, find_ties, load_model, save_model
-from test_layers import Model, other_block, state, train, words
+from sharetie.ties import declared_ties, find_ties
+from test_layers import Model, lives_through, other_block, state, words
 
 
 # Low rank
@@ -91,23 +90,7 @@ CHANGES = [lambda m: relax_layers_(m, 2), lambda m: relax_layers_(m, 3, "cycle",
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_ties_live_through_training_copies_pickles_and_files(change, tmp_path):
-    model, other = Model(), Model(seed=1)
-    change(model), change(other)
-    check_ties(model, train(model))
-    x, y = words(), model(words())
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), y)
-        check_ties(twin, train(twin))
-        assert not torch.equal(twin(x), y) and torch.equal(model(x), y)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), y)
-    save_model(model, tmp_path / "m.safetensors")
-    other = Model(seed=2)
-    change(other)
-    load_model(other, tmp_path / "m.safetensors")
-    assert torch.equal(other(x), y)
-    check_ties(other)
+def test_ties_live_through_training_copies_pickles_and_files(change, tmp_path): lives_through(change, tmp_path)
 
 
 def test_compiled():

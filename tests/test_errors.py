@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharetie.errors import function, match_names, need, nonnegative, one_of, real, shown, tensor, whole
+from sharetie.errors import function, match_names, need, nonnegative, one_of, real, shown, tensor, warn, whole
 
 NOT_NUMBERS = [None, "1", "", True, False, np.True_, [1], (1,), {}, 1j, Decimal(1), torch.tensor([1, 2]), float]
 NAMES = ["fc.weight", "fc.bias", "head.weight"]
@@ -41,6 +41,21 @@ def test_need():
     assert str(e.value) == "rate: a number above 0 is expected, got -1"
     with pytest.raises(TypeError, match="^model: a module is expected, got int$"): need(0, "model", "a module", int, TypeError)
     with pytest.raises(KeyError): need(None, "a", "b", "c", KeyError)
+
+
+def test_warn_points_outside_of_the_package_and_torch():
+    def inside(name, body):
+        space = {"__name__": name, "warn": warn, "torch": torch}
+        exec(body, space)
+        return space["f"]
+    deep = inside("sharetie.deep", "def f(): warn('told')")
+    outer = inside("sharetie", "@torch.no_grad()\ndef f(call): call()")
+    for call in (deep, lambda: outer(deep)):
+        with pytest.warns(UserWarning, match="^told$") as told: call()
+        assert [w.filename for w in told] == [__file__]
+    other = inside("sharetie_of_others", "def f(call): call()")
+    with pytest.warns(UserWarning) as told: other(deep)
+    assert [w.filename for w in told] == ["<string>"]
 
 
 # ---- numbers

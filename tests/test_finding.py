@@ -227,6 +227,65 @@ def test_a_search_that_takes_too_long_says_that_they_meet():
     assert _meet(1, ((7, 9), (5, 9)), ((11, 9), (3, 9)), steps)
 
 
+def test_tensors_whose_memory_was_released_are_apart():
+    a, b = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+    both = model_of(a=a, b=b, c=nn.Parameter(a[2:]))
+    for p in (a, b): p.untyped_storage().resize_(0)
+    names = [(tie.names, tie.how) for tie in find_ties(both)]  # a released tensor cannot be printed
+    assert names == [(("a", "c"), "overlap")]
+
+
+def random_model(rng, device):
+    "Views of two memories and tensors of their own, under random names, in modules that may be held twice."
+    memory = [torch.arange(60, dtype=torch.float32, device=device) for _ in range(2)]
+    def view():
+        shape, stride = rng.integers(1, 4, 2).tolist(), rng.integers(0, 7, 2).tolist()
+        return memory[rng.integers(2)].as_strided(shape, stride, int(rng.integers(30)))
+    tensors = [view() if rng.random() < .6 else torch.empty(rng.integers(3), device=device) for _ in range(8)]
+    tensors = [nn.Parameter(t) if rng.random() < .7 else t for t in tensors]
+    def part(depth=2):
+        module = nn.Module()
+        for name in "abc"[:rng.integers(4)]:
+            t = tensors[rng.integers(8)]
+            if isinstance(t, nn.Parameter): module.register_parameter(name, t)
+            else: module.register_buffer(name, None if rng.random() < .2 else t)
+        parts = [part(depth - 1) for _ in range(rng.integers(3))] if depth else []
+        for name, child in zip("xyz", parts + parts[:1] if rng.random() < .5 else parts): module.add_module(name, child)
+        return module
+    return part()
+
+
+def addresses(tensor):
+    "The storage and place of every byte of a tensor."
+    size = tensor.element_size()
+    numbers = torch.arange(200).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return {(tensor.untyped_storage()._cdata, n * size + b) for n in numbers.flatten().tolist() for b in range(size)}
+
+
+def by_definition(model):
+    "The names of true ties, and of pseudo-ties, found without any of our code."
+    def names(module, prefix=""):
+        for own in (module._parameters, module._buffers): yield from ((prefix + n, t) for n, t in own.items() if t is not None)
+        for name, child in module._modules.items(): yield from names(child, f"{prefix}{name}.")
+    held, groups = {}, []
+    for name, t in names(model): held.setdefault(id(t), (t, []))[1].append(name)
+    for t, own in held.values():
+        mine, memory = {id(t)}, addresses(t)
+        touched = [g for g in groups if not g[1].isdisjoint(memory)]
+        groups = [g for g in groups if g not in touched] + [({*mine, *(i for g in touched for i in g[0])}, memory.union(*(g[1] for g in touched)))]
+    true = {tuple(own) for _, own in held.values() if len(own) > 1}
+    return true, {frozenset(n for i in ids for n in held[i][1]) for ids, _ in groups if len(ids) > 1}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("seed", range(60))
+def test_ties_of_random_models_are_those_of_the_definition(seed, device):
+    model = random_model(np.random.default_rng(seed), device)
+    ties, (true, pseudo) = find_ties(model), by_definition(model)
+    assert {tie.names for tie in ties.true} == true and {frozenset(tie.names) for tie in ties.pseudo} == pseudo
+    assert len(ties) == len(true) + len(pseudo)
+
+
 # Tensors that are no plain ones
 
 def test_dtensors_of_one_mesh(one_process):

@@ -217,8 +217,8 @@ def train(model, steps=3):
     return optimizer
 
 
-@pytest.mark.parametrize("change", [lambda m: share_layers_(m, "cycle_rev", 3), lambda m: share_layers_(m, parts="attention")])
-def test_ties_live_through_training_copies_pickles_and_files(change, tmp_path):
+def lives_through(change, folder):
+    "The ties that `change` makes are there after training, copies, pickles, state dicts and files."
     model, other = Model(), Model(seed=1)
     change(model), change(other)
     check_ties(model, train(model))
@@ -229,12 +229,16 @@ def test_ties_live_through_training_copies_pickles_and_files(change, tmp_path):
         assert not torch.equal(twin(x), y) and torch.equal(model(x), y)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), y)
-    save_model(model, tmp_path / "m.safetensors")
+    save_model(model, folder / "m.safetensors")
     other = Model(seed=2)
     change(other)
-    load_model(other, tmp_path / "m.safetensors")
+    load_model(other, folder / "m.safetensors")
     assert torch.equal(other(x), y)
     check_ties(other)
+
+
+@pytest.mark.parametrize("change", [lambda m: share_layers_(m, "cycle_rev", 3), lambda m: share_layers_(m, parts="attention")])
+def test_ties_live_through_training_copies_pickles_and_files(change, tmp_path): lives_through(change, tmp_path)
 
 
 def test_a_file_brings_the_sharing_along(tmp_path):

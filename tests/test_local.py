@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from sharetie.census import census
 from sharetie.local import (Everywhere, LocallyConnected1d, LocallyConnected2d, as_matrix, early_network,
@@ -108,6 +108,23 @@ def test_gradcheck(n):
     def run(x, *values): return functional_call(layer, dict(zip(dict(layer.named_parameters()), values)), (x,))
     inputs = (x, *(p.detach().requires_grad_() for p in layer.parameters()))
     assert torch.autograd.gradcheck(run, inputs) and torch.autograd.gradgradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("n, how", [(1, dict(kernel_size=3, stride=2, padding=1)), (2, dict(kernel_size=2, dilation=2, bias=False)), (2, UNEVEN)])
+def test_forward_mode(n, how):
+    torch.manual_seed(0)
+    size = ((5,), (5, 4))[n - 1]
+    layer = LOCAL[n](4, 4, size, dtype=torch.float64, **how)
+    x, values = torch.randn(2, 4, *size, dtype=torch.float64), dict(layer.named_parameters())
+    for f, at in ((layer, x), (lambda w: functional_call(layer, values | {"weight": w}, x), layer.weight.detach())):
+        torch.testing.assert_close(jacfwd(f)(at), jacrev(f)(at))
+        direction = torch.randn_like(at)
+        value, change = jvp(f, (at,), (direction,))
+        torch.testing.assert_close(value, f(at))
+        torch.testing.assert_close(change, torch.einsum("...k,k->...", jacrev(f)(at).flatten(value.ndim), direction.flatten()))
+        total = lambda at: f(at).pow(2).sum()  # forward over backward: the transpose has a forward mode as well
+        torch.testing.assert_close(jvp(grad(total), (at,), (direction,))[1],
+                                   torch.einsum("i,ik->k", direction.flatten(), torch.autograd.functional.hessian(total, at).reshape(at.numel(), -1)).view(at.shape))
 
 
 def test_one_image_empty_batches_and_other_memory_orders():

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 from sharetie.finding import Reshape, Scale, Slice, Transpose, find_ties, places
-from sharetie.making import Function, declared_ties, tie_
+from sharetie.making import Function, _tie_all, declared_ties, tie_
 from sharetie.sharing import share_module_, untie_
 
 PAIR = ["emb.weight", "head.weight"]
@@ -426,6 +426,11 @@ def test_trained_decides_between_frozen_and_trained(trained):
     assert model.head.weight is model.emb.weight and model.emb.weight.requires_grad is trained
 
 
+def test_warnings_point_at_the_callers_line():
+    with pytest.warns(UserWarning, match="padding_idx") as told: tie_(Words(padding_idx=0), PAIR)
+    assert [w.filename for w in told] == [__file__]
+
+
 def test_rnn_members_cannot_be_computed():
     model = nn.LSTM(3, 3, num_layers=2)
     with pytest.raises(ValueError, match="LSTM, which reads its weights from a list"): tie_(model, ["weight_ih_l0", "weight_ih_l1"], map=Scale(2.))
@@ -441,6 +446,45 @@ def test_wrapped_models_are_refused(one_process):
         with pytest.raises(ValueError, match="model: one that is not wrapped yet is expected"): tie_(model, [prefix + name for name in PAIR])
         with pytest.raises(ValueError, match="not wrapped yet"): untie_(model, prefix + "head.weight")
         with pytest.raises(ValueError, match="not wrapped yet"): share_module_(model, [prefix + "norm", prefix + "other_norm"])
+
+
+def test_what_a_wrapper_holds_is_refused_while_it_lives(one_process):
+    model = Words()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    before = {name: p.tensor for name, p in places(model).items()}
+    for call in (lambda: tie_(model, PAIR), lambda: tie_(ddp.module, PAIR), lambda: share_module_(model, ["norm", "other_norm"])):
+        with pytest.raises(ValueError, match="model: one that is not wrapped yet is expected, got what DistributedDataParallel holds"): call()
+    assert all(places(model)[name].tensor is t for name, t in before.items())
+    del ddp
+    assert tie_(model, PAIR).names == tuple(PAIR)
+
+
+# Many groups at once
+
+def test_many_groups_are_tied_as_one_by_one():
+    def build():
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.ModuleList(nn.Linear(3, 3) for _ in range(6)) for _ in range(2)])
+        model.append(model[0][0])  # a module under two names
+        model[1][5].bias = model[0][5].bias
+        return model
+    groups = [([f"0.{i}.weight", f"1.{i}.weight"], Transpose() if i % 3 == 1 else None, None if i else False) for i in range(6)]
+    groups += [(["0.0.bias", "1.0.bias"],), (["0.5.bias", "0.4.bias"],), (["1.3.weight", "1.5.weight"], None), (["0.2.weight", "0.3.weight"], None)]
+    together, apart = build(), build()
+    names = _tie_all(together, groups)
+    for members, *rest in groups: tie_(apart, members, *rest)
+    assert names == [members[0] for members, *_ in groups]
+    assert find_ties(together) == find_ties(apart) and [d[0::2] for d in declared_ties(together)] == [d[0::2] for d in declared_ties(apart)]
+    assert all(torch.equal(a, b) for a, b in zip(together.state_dict().values(), apart.state_dict().values()))
+    assert [p.requires_grad for p in together.parameters()] == [p.requires_grad for p in apart.parameters()]
+
+
+@pytest.mark.parametrize("bad, message", [
+    ((["1.weight", "2.weight"], Transpose()), "'1.weight' is computed"), ((["2.weight", "1.weight"],), "'1.weight' is computed"),
+    ((["2.weight", "0.weight"], Transpose()), "'0.weight' is tied to .'1.parametrizations.weight.original'.; a chain or a cycle")])
+def test_later_groups_see_what_earlier_ones_made(bad, message):
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
+    with pytest.raises(ValueError, match=message): _tie_all(model, [(["0.weight", "1.weight"], Transpose()), bad])
 
 
 # untie_

@@ -428,6 +428,51 @@ def test_memory_format_and_views():
     with torch.no_grad(): torch.testing.assert_close(copy.deepcopy(layer).to(memory_format=torch.channels_last)(x), y)
 
 
+def last_maps(group, lifting, **options):
+    "Maps whose channels lie last in memory."
+    x = maps(group, lifting, **options)
+    return (x if lifting else x.flatten(1, 2)).contiguous(memory_format=torch.channels_last).view(x.shape)
+
+
+@pytest.mark.parametrize("group, lifting", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_channels_last_in_and_out(group, lifting, dtype):
+    layer = GroupConv2d(3, 2, 3, group, lifting, padding=1, dtype=dtype)
+    x = last_maps(group, lifting, dtype=dtype)
+    results = []
+    for z in (x.detach().clone(), x.contiguous()):
+        y = layer(z.requires_grad_())
+        results.append([y, *torch.autograd.grad(y.square().sum(), [z, layer.weight, layer.bias])])
+    for a, b in zip(*results): torch.testing.assert_close(a, b, atol=1e-3 if dtype == torch.float32 else 1e-9, rtol=1e-4)
+    if dtype == torch.float32:
+        assert results[0][0].flatten(1, 2).is_contiguous(memory_format=torch.channels_last)
+        assert results[0][0].flatten(1, 2).data_ptr() == results[0][0].data_ptr()  # a view, no copy
+    assert results[1][0].is_contiguous()
+    with torch.no_grad():
+        for z in (x, x.contiguous(), x): torch.testing.assert_close(layer(z), results[0][0])
+
+
+def test_bank_with_channels_last():
+    bank = FilterBank(3, 3, "p4m")
+    weight = torch.randn(2, *bank.filters, dtype=torch.float64, requires_grad=True)
+    assert bank(weight, True).equal(bank(weight)) and bank(weight).is_contiguous()
+    assert bank(weight, True).is_contiguous(memory_format=torch.channels_last)
+    up = torch.randn_like(bank(weight))
+    torch.testing.assert_close(*(torch.autograd.grad(bank(weight, last), weight, up) for last in (True, False)))
+    small = FilterBank(1, 2, lifting=True)
+    x = torch.randn(1, *small.filters, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: small(w, True), x, check_forward_ad=True) and torch.autograd.gradgradcheck(lambda w: small(w, True), x)
+
+
+def test_channels_last_and_function_transforms():
+    layer, x = GroupConv2d(3, 2, 3), last_maps("p4", False)
+    def f(weight): return torch.func.functional_call(layer, {"weight": weight}, x)
+    weights = torch.randn(4, *layer.weight.shape)
+    torch.testing.assert_close(torch.func.vmap(f)(weights), torch.stack([f(w) for w in weights]), atol=1e-4, rtol=1e-4)
+    w, v = weights[0], weights[1]
+    torch.testing.assert_close(torch.func.jvp(f, (w,), (v,))[1], f(v) - f(torch.zeros_like(v)), atol=1e-4, rtol=1e-4)
+
+
 def test_empty_batch():
     layer = GroupConv2d(2, 3, 3)
     y = layer(torch.zeros(0, 2, 4, 5, 5))

@@ -657,6 +657,27 @@ def test_a_tied_file_in_an_untied_model_is_told_once(tmp_path, recwarn):
     with pytest.raises(TypeError, match="restore_ties: True, False or None is expected, got 'yes'"): load_model(tiny(), tmp_path / "model", restore_ties="yes")
 
 
+def test_a_warning_of_ties_that_a_file_brings_points_at_the_caller(tmp_path):
+    def model(): return nn.ModuleDict({"embed": nn.Embedding(5, 3, padding_idx=0), "head": nn.Linear(3, 5, bias=False)})
+    pair = ["embed.weight", "head.weight"]
+    tied = model()
+    tie_(tied, pair, padding="train")
+    save_model(tied, tmp_path / "model")
+    with pytest.warns(UserWarning, match="padding_idx") as told: load_model(model(), tmp_path / "model", restore_ties=True)
+    assert [w.filename for w in told] == [__file__]
+
+
+def test_ties_of_a_file_are_not_made_inside_of_a_wrapper(tmp_path, one_process):
+    save_model(tiny(), tmp_path / "model")
+    ddp = nn.parallel.DistributedDataParallel(tiny(1, tied=False))
+    before = values(ddp)
+    with pytest.raises(ValueError, match="one that is not wrapped yet is expected, got what DistributedDataParallel holds"):
+        load_model(ddp.module, tmp_path / "model", restore_ties=True)
+    assert same(values(ddp), before)
+    load_model(ddp.module, tmp_path / "model", restore_ties=False)
+    assert same(values(ddp.module), values(tiny()))
+
+
 @pytest.mark.parametrize("kind", [shared_module, cross_layer])
 def test_a_shared_module_is_restored_as_one(kind, tmp_path):
     save_model(make(kind, 0), tmp_path / "model")

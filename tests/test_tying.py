@@ -336,6 +336,22 @@ def test_harden_by_mean_shares_trains_and_reports():
     assert len(list(nn.ModuleList([a, b]).parameters())) == 4 and torch.equal(a[2].bias, b[2].bias)
 
 
+@pytest.mark.parametrize("map", [None, lambda w: w.T])
+def test_harden_ties_many_groups_or_none(map):
+    def pair(): return nn.ModuleList(nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(12))) for _ in range(2))
+    model = pair()
+    before = [p for p in model.parameters()]
+    harden_(TiePenalty(model, members=[(f"0.{i}.weight", f"1.{i}.weight") for i in range(12)], map=map), to="first")
+    made = [torch.equal(model[1][i].weight, model[0][i].weight if map is None else model[0][i].weight.T) for i in range(12)]
+    assert all(made) and [*model.parameters()] == before[:12]
+    model = pair()
+    tie = TiePenalty(model, members=[(f"0.{i}.weight", f"1.{i}.weight") for i in range(12)], map=map)
+    for i in (3, 11): model[1][i].weight.data = model[1][i].weight.data.double()
+    before, flags = [*model.parameters()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises((ValueError, TypeError)): harden_(tie, to="first")
+    assert [*model.parameters()] == before and [p.requires_grad for p in before] == flags
+
+
 def test_harden_to_the_first_within_one_model():
     model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(3)))
     first = model[0].weight.detach().clone()

@@ -1,0 +1,583 @@
+"The mixture of experts against the loop that defines it: values, gradients, and what must not change them."
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sharetie.experts import Experts, FeedForward
+from sharetie.moe import MoE, SoftMoE, merge_experts, upcycle
+from sharetie.routing import Balanced, ExpertChoice, Hash, TopK, drop_overflow, load_balancing_loss, plan_rows, statistics, update_biases_
+
+DIM, HIDDEN, EXPERTS = 16, 24, 6
+ROUTERS = ["topk", "noisy", "balanced", "expert choice"]
+KINDS = ["swiglu", "geglu", "reglu", "silu", "gelu", "relu"]
+routers = pytest.mark.parametrize("router", ROUTERS)
+executions = pytest.mark.parametrize("execution", ["segments", "grouped"])
+
+
+def tokens(n=50, dtype=torch.float32, seed=0):
+    return torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make(k=2, router="topk", seed=1, **options):
+    torch.manual_seed(seed)
+    return MoE(DIM, HIDDEN, options.pop("num_experts", EXPERTS), k, router=router, **options)
+
+
+def activation(h, kind):
+    "Each kind written out."
+    f = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}.get(kind)
+    if f is None: return getattr(F, kind)(h)
+    return f(h[..., :h.shape[-1] // 2]) * h[..., h.shape[-1] // 2:]
+
+
+def network(x, experts, e):
+    "What one expert makes of all tokens."
+    h = x @ experts.w_in[e].mT + (0 if experts.b_in is None else experts.b_in[e])
+    return activation(h, experts.expert) @ experts.w_out[e] + (0 if experts.b_out is None else experts.b_out[e])
+
+
+def loop(x, routing, experts):
+    "The definition: one expert after the other."
+    y = torch.zeros_like(x)
+    for e in range(routing.num_experts):
+        slots = (routing.expert == e) & routing.kept
+        out = network(x[routing.token[slots]], experts, e) * routing.weight[slots, None].to(x.dtype)
+        y = y.index_add(0, routing.token[slots], out)
+    return y
+
+
+def gradients(f, x, layer):
+    "The gradients of the input and of all parameters, for a loss with different weights everywhere."
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    y = f(x)
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    return y.detach(), [x.grad, *(p.grad for p in layer.parameters())]
+
+
+def same(a, b, **tolerance):
+    "Are two lists of tensors alike, None for None or zero?"
+    return all((p is None and q is None) or torch.allclose(torch.zeros_like(q) if p is None else p,
+                                                          torch.zeros_like(p) if q is None else q, **tolerance) for p, q in zip(a, b, strict=True))
+
+
+# Against the loop
+
+@executions
+@routers
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_are_those_of_the_loop(router, execution, bias):
+    layer = make(router=router, execution=execution, bias=bias)
+    def slow(x): return loop(x, layer.router(x), layer.experts)
+    y, grads = gradients(layer, tokens(), layer)
+    expected, slow_grads = gradients(slow, tokens(), layer)
+    assert torch.allclose(y, expected, atol=1e-6)
+    assert same(grads, slow_grads, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_kind_of_expert(kind, bias):
+    layer = make(expert=kind, bias=bias, dtype=torch.float64)
+    x = tokens(dtype=torch.float64)
+    def slow(x): return loop(x, layer.router(x), layer.experts)
+    y, grads = gradients(layer, x, layer)
+    expected, slow_grads = gradients(slow, x, layer)
+    assert torch.allclose(y, expected) and same(grads, slow_grads)
+
+
+@executions
+@pytest.mark.parametrize("drop", ["position", "weight"])
+def test_with_capacity_and_padding(execution, drop):
+    layer = make(capacity_factor=1., drop=drop, execution=execution)
+    mask = torch.arange(50) % 4 != 1
+    def fast(x): return layer(x, mask)
+    def slow(x): return loop(x, drop_overflow(layer.router(x, mask), 17, drop), layer.experts)
+    y, grads = gradients(fast, tokens(), layer)
+    expected, slow_grads = gradients(slow, tokens(), layer)
+    assert statistics(layer.routing)["dropped"] + statistics(layer.routing)["padding"] > 0
+    assert torch.allclose(y, expected, atol=1e-6) and same(grads, slow_grads, atol=1e-5)
+    assert torch.equal(y[~mask], torch.zeros_like(y[~mask]))
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "silu"])
+@pytest.mark.parametrize("router", ["topk", "balanced", "expert choice"])
+def test_gradcheck_of_the_segments(kind, router):
+    torch.manual_seed(0)
+    layer = MoE(3, 4, 4, 2, router=router, expert=kind, bias=True, dtype=torch.float64)
+    names, parameters = zip(*layer.named_parameters())
+    def f(x, *parameters): return torch.func.functional_call(layer, dict(zip(names, parameters)), (x,))
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(f, (x, *parameters))
+
+
+def test_the_operator_passes_pytorchs_own_checks():
+    layer = make(num_experts=4, dtype=torch.float64, bias=True)
+    x = tokens(9, torch.float64)
+    routing = layer.requires_grad_(False).router(x)
+    e, tensors = layer.experts, (x, routing.weight, *plan_rows(routing))
+    arguments = (*tensors, e.w_in, e.b_in, e.w_out, e.b_out, "swiglu")
+    for keep in (True, False): torch.library.opcheck(torch.ops.sharetie.experts.default, (*arguments, keep))
+    hidden = torch.ops.sharetie.experts(*arguments, True)[1]
+    torch.library.opcheck(torch.ops.sharetie.experts_backward.default, (torch.ones_like(x), hidden, *arguments))
+
+
+def test_grouped_products_refuse_what_they_cannot_do_and_auto_does_not_ask():
+    for options in ({"dtype": torch.float64}, {"num_experts": 4}):
+        layer = MoE(DIM + (0 if "dtype" in options else 1), HIDDEN, 4, execution="grouped", dtype=options.get("dtype"))
+        with pytest.raises(ValueError, match="execution: 'segments' for these widths"): layer(torch.ones(3, layer.experts.dim, dtype=options.get("dtype")))
+        layer.experts.execution = "auto"
+        assert layer(torch.ones(3, layer.experts.dim, dtype=options.get("dtype"))).shape == (3, layer.experts.dim)
+
+
+# Special cases
+
+@executions
+def test_all_experts_are_the_dense_mixture(execution):
+    layer, x = make(k=EXPERTS, execution=execution), tokens()
+    weight = (x @ layer.router.gate.weight.mT).softmax(-1)
+    expected = sum(weight[:, e, None] * network(x, layer.experts, e) for e in range(EXPERTS))
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+@executions
+@pytest.mark.parametrize("router", ["topk", "balanced"])
+def test_one_expert_is_the_dense_network(execution, router):
+    layer, x = make(k=1, num_experts=1, router=router, execution=execution), tokens()
+    assert torch.allclose(layer(x), network(x, layer.experts, 0), atol=1e-6)
+    assert torch.allclose(merge_experts(layer)(x), layer(x), atol=1e-6)
+
+
+@executions
+@routers
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (1,), (3, 0), ()])
+def test_empty_and_small_batches(execution, router, shape):
+    layer = make(router=router, execution=execution)
+    y, grads = gradients(layer, torch.ones(*shape, DIM), layer)
+    assert y.shape == (*shape, DIM)
+    assert all(g is None or g.isfinite().all() for g in grads)
+
+
+@executions
+def test_empty_experts_get_zero_gradients(execution):
+    layer = make(k=1, execution=execution, bias=True)
+    with torch.no_grad(): layer.router.gate.weight[1:] = layer.router.gate.weight[:1] - 5 * tokens(1).sign()
+    y, _ = gradients(layer, tokens(1).expand(8, DIM) * 2, layer)
+    used = layer.routing.counts() > 0
+    assert used.sum() == 1 and y.isfinite().all()
+    for p in layer.experts.parameters():
+        assert (p.grad[~used] == 0).all() and (p.grad[used] != 0).any()
+
+
+def test_shared_experts_are_added():
+    layer, x = make(shared_experts=2), tokens()
+    assert layer.shared.hidden == 2 * HIDDEN
+    assert torch.allclose(layer(x), loop(x, layer.router(x), layer.experts) + layer.shared(x), atol=1e-6)
+
+
+def test_hash_routing_in_a_layer():
+    ids = torch.arange(50).view(5, 10)
+    layer = MoE(DIM, HIDDEN, EXPERTS, 2, router=Hash(DIM, EXPERTS, 2, vocabulary=50))
+    x = tokens().view(5, 10, DIM)
+    y = layer(x, ids=ids)
+    assert torch.allclose(y.flatten(0, 1), loop(tokens(), layer.router(tokens(), ids=ids.flatten()), layer.experts), atol=1e-6)
+    with pytest.raises(ValueError, match="ids: the ids of 50 tokens"): layer(x)
+
+
+@pytest.mark.parametrize("shape", [(50,), (5, 10), (5, 2, 5)])
+def test_any_leading_axes(shape):
+    layer = make()
+    assert torch.equal(layer(tokens().view(*shape, DIM)).view(50, DIM), layer(tokens()))
+    mask = torch.arange(50) < 30
+    assert torch.equal(layer(tokens().view(*shape, DIM), mask.view(shape)).view(50, DIM), layer(tokens(), mask))
+
+
+def test_input_that_is_not_contiguous():
+    layer, x = make(), tokens(100)[::2]
+    assert torch.equal(layer(x), layer(x.contiguous()))
+    y, grads = gradients(lambda x: layer(x.mT.contiguous().mT), x, layer)
+    assert same(grads, gradients(layer, x, layer)[1], atol=1e-6)
+    a = torch.randn(4, DIM, requires_grad=True)
+    layer(a).sum().backward()  # a gradient that is one number, expanded
+    assert a.grad.isfinite().all()
+
+
+# Conservation
+
+@routers
+def test_no_token_is_lost_and_weights_are_the_routers(router):
+    layer = make(router=router).eval()
+    with torch.no_grad():  # each expert gives ones: w_out = 0, bias 1
+        layer = make(router=router, bias=True).eval()
+        layer.experts.w_out.zero_()
+        layer.experts.b_out.fill_(1)
+    y = layer(tokens())
+    assert torch.allclose(y, layer.routing.table().sum(-1, keepdim=True).expand_as(y), atol=1e-6)
+    assert layer.routing.counts().sum() == (102 if router == 'expert choice' else 100) and layer.routing.kept.all()
+    if router != "expert choice": assert torch.allclose(y, torch.ones_like(y), atol=1e-6)
+
+
+def test_kept_weights_are_unchanged_by_dropping():
+    layer = make(capacity_factor=1., bias=True)
+    with torch.no_grad():
+        layer.experts.w_out.zero_()
+        layer.experts.b_out.fill_(1)
+    y, full = layer(tokens()), layer.router(tokens())
+    kept = torch.where(layer.routing.kept, full.weight, 0).view(50, 2).sum(-1, keepdim=True)
+    assert not layer.routing.kept.all()
+    assert torch.allclose(y, kept.expand_as(y), atol=1e-6)
+
+
+# Determinism
+
+@executions
+@routers
+def test_the_same_bits_on_every_run(execution, router):
+    layer = make(router=router, execution=execution)
+    first, grads = gradients(layer, tokens(300), layer)
+    for _ in range(3):
+        y, again = gradients(layer, tokens(300), layer)
+        assert torch.equal(first, y)
+        assert all(p is q is None or torch.equal(p, q) for p, q in zip(grads, again))
+
+
+@executions
+def test_deterministic_algorithms_are_enough(execution):
+    torch.use_deterministic_algorithms(True)
+    try: gradients(layer := make(execution=execution), tokens(), layer)
+    finally: torch.use_deterministic_algorithms(False)
+
+
+def test_a_token_does_not_depend_on_its_batch():
+    layer = make(dtype=torch.float64)
+    x = tokens(dtype=torch.float64)
+    assert torch.allclose(layer(x)[7:9], layer(x[7:9]))
+    order = torch.randperm(50)
+    assert torch.allclose(layer(x)[order], layer(x[order]))
+
+
+# NaN
+
+@executions
+@routers
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_token(execution, router, value):
+    layer, x = make(router=router, execution=execution, capacity_factor=None).eval(), tokens()
+    x[11, 3] = value
+    y = layer(x)
+    others = torch.arange(50) != 11
+    assert y[11].isnan().all() and y[others].isfinite().all()
+    assert statistics(layer.routing)["not finite"] == 1
+    if router != "expert choice": assert torch.allclose(y[others], layer(x[others]), atol=1e-6)
+
+
+def test_nan_takes_no_place_from_others():
+    layer, x = make(k=1, capacity_factor=1.).eval(), tokens(1).repeat(6, 1)
+    x[0, 0] = torch.nan  # all tokens want one expert, which has room for one
+    assert (layer(x)[1] != 0).all() and layer.routing.kept.tolist() == [False, True] + [False] * 4
+
+
+def test_nan_with_hash_routing():
+    layer = MoE(DIM, HIDDEN, EXPERTS, 1, router=Hash(DIM, EXPERTS, 1, vocabulary=50))
+    x = tokens()
+    x[5, 0] = torch.nan
+    y = layer(x, ids=torch.arange(50))
+    assert y[5].isnan().all() and y.isnan().any(-1).sum() == 1
+    assert statistics(layer.routing)["not finite"] == 1
+
+
+# What PyTorch does with a layer
+
+@routers
+def test_compile_without_a_graph_break(router):
+    layer = make(router=router, shared_experts=1).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, grads = gradients(layer, tokens(), layer)
+    z, compiled_grads = gradients(compiled, tokens(), layer)
+    assert torch.allclose(y, z, atol=1e-6) and same(grads, compiled_grads, atol=1e-5)
+    assert statistics(layer.routing)["tokens"] == layer.routing.counts().tolist()
+
+
+def test_compile_of_grouped_products_in_half_precision():
+    layer = make(execution="grouped", dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = tokens(dtype=torch.bfloat16)
+    assert torch.allclose(compiled(x), layer(x), atol=1e-2)
+
+
+@executions
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_and_autocast(execution, dtype):
+    layer, x = make(execution=execution), tokens()
+    expected = layer(x)
+    with torch.autocast("cpu", dtype):
+        y, grads = gradients(layer, x, layer)
+    assert y.dtype == dtype and grads[1].dtype == torch.float32
+    assert torch.allclose(y.float(), expected, atol=3e-2)
+    assert same(grads, gradients(layer, x, layer)[1], atol=.1, rtol=.1)
+    half = copy.deepcopy(layer).to(dtype)
+    assert torch.allclose(half(x.to(dtype)).float(), expected, atol=3e-2)
+    with pytest.raises(TypeError, match=f"x: tokens of {dtype}"): half(x)
+
+
+@routers
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(router, reentrant):
+    layer = make(router=router)
+    y, grads = gradients(layer, tokens(), layer)
+    again, checkpointed = gradients(lambda x: checkpoint(layer, x, use_reentrant=reentrant), tokens(), layer)
+    assert torch.equal(y, again)
+    assert all(p is q is None or torch.equal(p, q) for p, q in zip(grads, checkpointed))
+
+
+def test_losses_of_the_last_batch_train_the_router():
+    layer = make()
+    layer(tokens())
+    load_balancing_loss(layer.routing).backward()
+    assert layer.router.gate.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in layer.experts.parameters())
+
+
+def test_copies_and_pickles_after_a_batch():
+    layer = make(shared_experts=1)
+    y = layer(tokens())
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.routing is None and torch.equal(other(tokens()), y)
+    assert layer.routing is not None
+
+
+def test_state_dict():
+    layer, other = make(router="balanced"), make(router="balanced", seed=2)
+    layer.router.bias.fill_(.5)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(tokens()), other(tokens()))
+    assert set(layer.state_dict()) == {"router.gate.weight", "router.bias", "experts.w_in", "experts.w_out"}
+    with pytest.raises(RuntimeError, match=r"\[6, 48, 16\].*\[5, 48, 16\]"): make(num_experts=5).load_state_dict(make().state_dict())
+
+
+@routers
+def test_meta_device(router):
+    layer = make(router=router, device="meta", shared_experts=1)
+    assert layer(tokens().to("meta")).shape == (50, DIM)
+    assert all(p.is_meta for p in layer.parameters())
+
+
+def test_frozen_experts_and_frozen_router():
+    layer = make()
+    layer.experts.requires_grad_(False)
+    y, grads = gradients(layer, tokens(), layer)
+    assert grads[1] is not None and grads[2] is None and grads[3] is None
+    layer.experts.requires_grad_(True)
+    layer.router.requires_grad_(False)
+    _, grads = gradients(layer, tokens(), layer)
+    assert grads[1] is None and grads[2] is not None
+
+
+def test_observed_loads_move_the_bias_in_training_only():
+    layer = make(router="balanced")
+    layer.eval()(tokens())
+    assert layer.router.load.sum() == 0
+    layer.train()(tokens())
+    assert torch.equal(layer.router.load.long(), layer.routing.counts())
+    assert update_biases_(nn.Sequential(layer)) == 1
+    assert layer.router.load.sum() == 0 and layer.router.bias.abs().max() > 0
+
+
+def test_no_gradient_needs_no_hidden_layer():
+    layer = make()
+    with torch.no_grad(): y = layer(tokens())
+    assert torch.allclose(y, layer(tokens())) and not y.requires_grad
+
+
+@executions
+def test_functional_transform(execution):
+    layer, x = make(execution=execution), tokens()
+    parameters = dict(layer.named_parameters())
+    def loss(parameters): return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+    found = torch.autograd.grad(loss(parameters), parameters.values())
+    assert same(torch.func.grad(loss)(parameters).values(), found)
+
+
+# Bad input
+
+def test_bad_input_says_both_values():
+    for k in (0, 7):
+        with pytest.raises(ValueError, match=rf"top_k: from 1 to num_experts = 6 is expected, got {k}"): make(k)
+    for factor in (.5, 0, torch.nan):
+        with pytest.raises(ValueError, match="capacity_factor: a finite number of at least 1 is expected, got"): make(capacity_factor=factor)
+    with pytest.raises(ValueError, match=r"x: tokens of width 16 is expected, got \(50, 15\)"): make()(tokens()[:, :15])
+    with pytest.raises(TypeError, match="x: a floating point tensor is expected, got Tensor of int64"): make()(tokens().long())
+    with pytest.raises(TypeError, match="x: a floating point tensor"): make()([1., 2.])
+    with pytest.raises(ValueError, match="did you mean 'balanced'"): make(router="balance")
+    with pytest.raises(ValueError, match="did you mean 'swiglu'"): make(expert="swigl")
+    with pytest.raises(TypeError, match="router: one of"): make(router=3)
+    with pytest.raises(ValueError, match=r"router: one of {.*'num_experts': 6.*} is expected, got {.*'num_experts': 5"): make(router=TopK(DIM, 5, 2))
+    with pytest.raises(ValueError, match="shared_experts"): make(shared_experts=-1)
+    with pytest.raises(ValueError, match="hidden"): MoE(DIM, 0, 4)
+    with pytest.raises(ValueError, match="mask: a tensor of shape"): make()(tokens(), torch.ones(49, dtype=bool))
+    with pytest.raises(ValueError, match="groups: a divisor of num_experts = 6"): Balanced(DIM, 6, groups=4)
+    with pytest.raises(ValueError, match="x: a tensor of 2 axes"): make()(torch.tensor(1.))
+
+
+# Soft mixtures
+
+def soft_by_hand(x, layer):
+    "The definition, slot by slot."
+    e, p = layer.experts, layer.slots
+    logits = F.normalize(x, dim=-1) @ (layer.scale * F.normalize(layer.phi, dim=0))
+    slots = logits.softmax(0).mT @ x
+    out = torch.stack([network(slots[s:s + 1], e, s // p)[0] for s in range(len(slots))])
+    return logits.softmax(-1) @ out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_soft_mixture_is_its_definition(bias):
+    torch.manual_seed(0)
+    layer = SoftMoE(DIM, HIDDEN, 3, slots=2, bias=bias, dtype=torch.float64)
+    x = tokens(dtype=torch.float64).view(5, 10, DIM)
+    y = layer(x)
+    for i in range(5): assert torch.allclose(y[i], soft_by_hand(x[i], layer))
+    order = torch.randperm(10)
+    assert torch.allclose(layer(x[:, order]), y[:, order])
+    assert torch.allclose(layer(x[0]), y[0])
+    assert torch.autograd.gradcheck(lambda x: layer(x), x[:1, :4].clone().requires_grad_())
+
+
+def test_soft_mixture_keeps_nan_and_padding_to_themselves():
+    torch.manual_seed(0)
+    layer, x = SoftMoE(DIM, HIDDEN, 3, slots=2), tokens().view(5, 10, DIM)
+    x[1, 4, 2] = torch.nan
+    y = layer(x)
+    assert y[1, 4].isnan().all() and y.isnan().any(-1).sum() == 1
+    rest = [t for t in range(10) if t != 4]
+    assert torch.allclose(y[1, rest], layer(x[1, rest]), atol=1e-6)
+    mask = torch.arange(10).expand(5, 10) < 7
+    assert torch.allclose(layer(x, mask)[2, :7], layer(x[2, :7]), atol=1e-6)
+    assert layer(x, torch.zeros(5, 10, dtype=bool))[0].isfinite().all()
+
+
+def test_soft_mixture_half_compile_and_errors():
+    torch.manual_seed(0)
+    layer, x = SoftMoE(DIM, HIDDEN, 3, slots=2), tokens().view(5, 10, DIM)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(x), layer(x), atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16): half = layer(x)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), layer(x), atol=.05)
+    assert torch.allclose(copy.deepcopy(layer).bfloat16()(x.bfloat16()).float(), layer(x), atol=.05)
+    assert layer(x[:, :0]).shape == (5, 0, DIM)
+    with pytest.raises(ValueError, match="x: sequences of tokens of width 16"): layer(x[..., :3])
+    with pytest.raises(TypeError, match="x: a floating point tensor"): layer(x.long())
+    with pytest.raises(ValueError, match="slots"): SoftMoE(DIM, HIDDEN, 3, slots=0)
+
+
+# From one to many and back
+
+class Gated(nn.Module):
+    "A feed-forward part with the names that LLaMA models have."
+    def __init__(self, function=F.silu):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(DIM, HIDDEN, bias=False) for _ in range(2))
+        self.down_proj, self.act_fn = nn.Linear(HIDDEN, DIM, bias=False), function
+
+    def forward(self, x): return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def sequential(function, bias=True): return nn.Sequential(nn.Linear(DIM, HIDDEN, bias=bias), function, nn.Linear(HIDDEN, DIM, bias=bias))
+
+
+DENSE = {"swiglu": lambda: FeedForward(DIM, HIDDEN), "relu, bias": lambda: FeedForward(DIM, HIDDEN, "relu", bias=True), "llama": Gated,
+         "sequential gelu": lambda: sequential(nn.GELU()), "sequential relu": lambda: sequential(nn.ReLU(), bias=False)}
+
+
+@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("router", ["topk", "balanced", "noisy"])
+def test_upcycled_is_the_dense_network_and_merged_again_too(name, router):
+    torch.manual_seed(0)
+    dense, x = DENSE[name](), tokens()
+    layer = upcycle(dense, 5, 2, router=router)
+    assert torch.allclose(layer(x), dense(x), atol=1e-6)
+    merged = merge_experts(layer)
+    assert isinstance(merged, FeedForward) and torch.allclose(merged(x), dense(x), atol=1e-6)
+    fewer = merge_experts(layer, 3)
+    assert fewer.experts.num_experts == 3 and torch.allclose(fewer(x), dense(x), atol=1e-6)
+    layer.experts.w_in.data.zero_()
+    assert not torch.allclose(layer(x), dense(x), atol=1e-3)  # it has weights of its own
+
+
+def test_upcycling_with_noise_and_with_the_mlp_of_a_llama():
+    torch.manual_seed(0)
+    dense = FeedForward(DIM, HIDDEN)
+    layer = upcycle(dense, 4, noise=.1)
+    assert not torch.equal(layer.experts.w_in[0], layer.experts.w_in[1])
+    spread = (layer.experts.w_in[0] - dense.up.weight).std() / dense.up.weight.std()
+    assert .08 < spread < .12
+    llama = pytest.importorskip("transformers.models.llama")
+    mlp = llama.modeling_llama.LlamaMLP(llama.LlamaConfig(hidden_size=DIM, intermediate_size=HIDDEN, num_attention_heads=2))
+    assert torch.allclose(upcycle(mlp, 3)(tokens()), mlp(tokens()), atol=1e-6)
+
+
+def test_what_cannot_be_upcycled():
+    for bad in (nn.Linear(3, 3), 3, nn.Sequential(nn.Linear(3, 3), nn.ReLU())):
+        with pytest.raises(TypeError, match="dense: a FeedForward"): upcycle(bad, 4)
+    with pytest.raises(ValueError, match="dense: a network with silu, gelu or relu"): upcycle(sequential(nn.Tanh()), 4)
+    with pytest.raises(ValueError, match="noise"): upcycle(FeedForward(3, 3), 4, noise=-1)
+
+
+def test_merging_is_the_average_weighted_by_usage():
+    layer = make(bias=True)
+    usage = torch.tensor([4., 0, 1, 0, 3, 0])
+    merged = merge_experts(layer, usage=usage)
+    expected = (layer.experts.w_in * (usage / 8)[:, None, None]).sum(0)
+    assert torch.allclose(merged.up.weight, expected, atol=1e-6)
+    assert torch.allclose(merged.down.bias, (layer.experts.b_out * (usage / 8)[:, None]).sum(0), atol=1e-6)
+    layer(tokens())
+    assert torch.equal(merge_experts(layer).up.weight, merge_experts(layer, usage=layer.routing.counts()).up.weight)
+
+
+def test_clusters_join_the_experts_that_are_alike():
+    layer = make(k=1)
+    with torch.no_grad():
+        for e in (3, 4, 5):
+            for p in layer.experts.parameters(): p[e] = p[e - 3]
+            layer.router.gate.weight[e] = layer.router.gate.weight[e - 3]
+    merged, x = merge_experts(layer, 3, usage=[1] * 6), tokens()
+    assert torch.allclose(merged(x), layer(x), atol=1e-6)
+    same_number = merge_experts(layer, 6)
+    assert torch.allclose(same_number(x), layer(x), atol=1e-6)
+
+
+@routers
+def test_merging_to_the_same_number_changes_nothing(router):
+    layer = make(router=router, shared_experts=1, bias=True).eval()
+    if router == "balanced": layer.router.bias.copy_(torch.linspace(-.3, .3, EXPERTS))
+    merged = merge_experts(layer, EXPERTS)
+    assert torch.allclose(merged(tokens()), layer(tokens()), atol=1e-6)
+    assert type(merged.router) is type(layer.router) and merged.router.gate.out_features == EXPERTS
+    assert not any(p is q for p in merged.parameters() for q in layer.parameters())
+    plain = MoE(DIM, HIDDEN, EXPERTS, 1, router=Balanced(DIM, EXPERTS, 1, renormalize=False)).eval()
+    assert torch.allclose(merge_experts(plain, EXPERTS)(tokens()), plain(tokens()), atol=1e-6)
+    assert merge_experts(layer, 3).router(tokens()).counts().shape == (3,)
+
+
+def test_what_cannot_be_merged():
+    with pytest.raises(TypeError, match="layer: a MoE"): merge_experts(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="num_experts: a whole number from 1 to 6 is expected, got 7"): merge_experts(make(), 7)
+    with pytest.raises(ValueError, match=r"usage: a tensor of shape \(6\)"): merge_experts(make(), usage=[1, 2])
+    with pytest.raises(ValueError, match="usage"): merge_experts(make(), usage=[0] * 6)
+    with pytest.raises(ValueError, match="at least 2 for a layer with shared experts"): merge_experts(make(shared_experts=1))
+    fewer = merge_experts(make(shared_experts=1), 2)
+    assert fewer.shared is not None and fewer(tokens()).shape == (50, DIM)
+
+
+def test_experts_alone():
+    torch.manual_seed(0)
+    experts, router = Experts(DIM, HIDDEN, 4), ExpertChoice(DIM, 4)
+    routing = router(tokens())
+    assert torch.allclose(experts(tokens(), routing.weight, plan_rows(routing)), loop(tokens(), routing, experts), atol=1e-6)
+    assert experts.w_in.abs().max() <= DIM ** -.5 and experts.w_out.abs().max() <= HIDDEN ** -.5
