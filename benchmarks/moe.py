@@ -20,6 +20,7 @@ SIZES = [{"tokens": 2048, "experts": 8, "top_k": 2, "dim": 256, "hidden": 512},
          {"tokens": 64, "experts": 8, "top_k": 2, "dim": 256, "hidden": 512}]
 PEERS = {"transformers, eager": "eager", "transformers, grouped_mm": "grouped_mm", "transformers, batched_mm": "batched_mm"}
 LARGE = 256  # tokens above which batched_mm is left out: it copies both matrices for each slot
+LONG = 4096  # tokens above which only single precision is timed
 
 
 class Loop(nn.Module):
@@ -93,7 +94,7 @@ def main(device):
     if device.type == "cpu": torch.set_num_threads(1)
     rows = []
     for size in SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16)[:2 if size["tokens"] <= LONG or device.type == "cuda" else 1]:
             layers, x = candidates(size, dtype, device)
             x.requires_grad_()
             for name, back in (("forward", False), ("forward and backward", True)):

@@ -15,8 +15,10 @@ from .routing import Plan, _no_autocast
 
 # %% ../nbs/30_experts.ipynb #b2b7ba55
 _FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-_DERIVATIVES = {"silu": torch.ops.aten.silu_backward, "gelu": torch.ops.aten.gelu_backward,
-                "relu": lambda grad, x: torch.ops.aten.threshold_backward(grad, x, 0)}
+_DERIVATIVES = {  # (grad, x, out), in place of a new tensor
+    "silu": lambda grad, x, out: torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=out),
+    "gelu": lambda grad, x, out: torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out),
+    "relu": lambda grad, x, out: torch.ops.aten.threshold_backward.grad_input(grad, x, 0, grad_input=out)}
 _EXPERTS = {"swiglu": ("silu", True), "geglu": ("gelu", True), "reglu": ("relu", True),
             "silu": ("silu", False), "gelu": ("gelu", False), "relu": ("relu", False)}
 
@@ -48,6 +50,41 @@ class FeedForward(nn.Module):
     def extra_repr(self): return f"expert={self.expert!r}"
     def forward(self, x): return self.down(_activate(self.up(x), self.expert))
 
+# %% ../nbs/30_experts.ipynb #05dee32c
+class _Stacked(nn.Module):
+    "The weights of several feed-forward networks."
+    def __init__(self,
+        dim: int,  # width of a token
+        hidden: int,  # width between the two maps
+        num_experts: int,
+        expert: str = "swiglu",  # gated: "swiglu", "geglu", "reglu"; plain: "silu", "gelu", "relu"
+        bias: bool = False,
+        execution: str = "auto",  # "segments", "grouped", or what is faster
+        device=None, dtype=None,
+    ):
+        super().__init__()
+        self.dim, self.hidden = whole(dim, "dim", 1), whole(hidden, "hidden", 1)
+        self.num_experts = whole(num_experts, "num_experts", 1)
+        self.expert = one_of(expert, "expert", _EXPERTS)
+        self.execution = one_of(execution, "execution", ["auto", "segments", "grouped"])
+        shapes = {"w_in": (self.inner, dim), "w_out": (hidden, dim), "b_in": (self.inner,), "b_out": (dim,)}
+        for name, shape in shapes.items():
+            part = torch.empty(num_experts, *shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(part) if bias or name[0] == "w" else None)
+        self.reset_parameters()
+
+    @property
+    def inner(self) -> int: return self.hidden * (1 + _EXPERTS[self.expert][1])
+
+    def reset_parameters(self):
+        "Each expert begins as nn.Linear does."
+        for name, p in self.named_parameters():
+            width = self.dim if name.endswith("in") else self.hidden
+            nn.init.uniform_(p, -width ** -.5, width ** -.5)
+
+    def extra_repr(self):
+        return f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, expert={self.expert!r}"
+
 # %% ../nbs/30_experts.ipynb #f08c0a0a
 def _segments(ends):
     "Yield (expert, begin, end) of its rows."
@@ -67,7 +104,7 @@ def _sum_slots(rows, row, first, weight=None):
 def _forward(x: Tensor, weight: Tensor, ends: Tensor, token: Tensor, slot: Tensor, row: Tensor, first: Tensor,
              w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
              expert: str, keep: bool) -> tuple[Tensor, Tensor]:
-    "The mixture (tokens, dim), and, to keep, what the first matrices gave, each expert's transposed in one line."
+    "The mixture (tokens, dim); and in one line, if kept, what the first matrices gave, transposed."
     inner, end = w_in.shape[1], 0
     hidden = x.new_empty(len(token) * inner if keep else 0)
     out = x.new_empty(len(token), w_out.shape[2])
@@ -87,12 +124,12 @@ def _(x, weight, ends, token, slot, row, first, w_in, b_in, w_out, b_out, expert
 
 # %% ../nbs/30_experts.ipynb #8dd10faa
 @torch.library.custom_op("sharetie::experts_backward", mutates_args=())
-def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Tensor, token: Tensor, slot: Tensor,
-              row: Tensor, first: Tensor, w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
-              expert: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Tensor, token: Tensor,
+              slot: Tensor, row: Tensor, first: Tensor, w_in: Tensor, b_in: Tensor | None,
+              w_out: Tensor, b_out: Tensor | None, expert: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "The gradients of x, weight, w_in, w_out, b_in and b_out; the last two are empty without biases."
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    db_in, db_out = (w.new_empty(0) if b is None else torch.empty_like(b) for w, b in ((w_in, b_in), (w_out, b_out)))
+    db_in, db_out = (x.new_empty(0) if b is None else torch.empty_like(b) for b in (b_in, b_out))
     rows, scale = x.new_empty(len(token), x.shape[1]), weight[slot].to(x.dtype)
     per_row, inner, end = torch.zeros_like(weight), w_in.shape[1], 0
     for e, begin, end in _segments(ends):
@@ -100,34 +137,36 @@ def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Ten
         dy, h = grad.index_select(0, token[at]), hidden[begin * inner:end * inner].view(inner, -1)
         a, dh, dscale = _activate_backward(torch.mm(w_out[e], dy.mT), h, scale[at], expert)
         per_row[at] = dscale if b_out is None else dscale + dy @ b_out[e]
+        dy *= scale[at, None]
         torch.mm(a, dy, out=dw_out[e])
         torch.mm(dh, x.index_select(0, token[at]), out=dw_in[e])
         torch.mm(dh.mT, w_in[e], out=rows[at])
         if b_in is not None: db_in[e] = dh.sum(1)
-        if b_out is not None: db_out[e] = scale[at] @ dy
+        if b_out is not None: db_out[e] = dy.sum(0)
     rows[end:] = 0
     return _sum_slots(rows, row, first), per_row[row], dw_in, dw_out, db_in, db_out
 
 
 def _activate_backward(da, h, scale, expert):
-    "The activation times `scale`, the gradient of `h`, and that of `scale`; all are (width, rows)."
+    "The activation, and the gradients of `h` and `scale`, all (width, rows); `da` is overwritten."
     name, gated = _EXPERTS[expert]
     gate, up = h.chunk(2) if gated else (h, None)
-    act = _FUNCTIONS[name](gate)
-    a = act * up if gated else act.clone()
-    dscale = (da * a).sum(0)
-    da, a = da.mul_(scale), a.mul_(scale)
-    if not gated: return a, _DERIVATIVES[name](da, gate), dscale
-    dh = torch.empty_like(h)
-    torch.mul(da, act, out=dh[len(gate):])
-    dh[:len(gate)] = _DERIVATIVES[name](da.mul_(up), gate)
+    act, dh = _FUNCTIONS[name](gate), torch.empty_like(h)
+    a = act * up if gated else act
+    dgate = dh[:len(gate)]
+    dscale = torch.mul(da, a, out=dgate).sum(0)
+    da *= scale
+    if gated:
+        torch.mul(da, act, out=dh[len(gate):])
+        da *= up
+    _DERIVATIVES[name](da, gate, dgate)
     return a, dh, dscale
 
 # %% ../nbs/30_experts.ipynb #9593c51a
 @_backward.register_fake
 def _(grad, hidden, x, weight, ends, token, slot, row, first, w_in, b_in, w_out, b_out, expert):
     empty = torch.empty_like
-    biases = [w.new_empty(0) if b is None else empty(b) for w, b in ((w_in, b_in), (w_out, b_out))]
+    biases = [x.new_empty(0) if b is None else empty(b) for b in (b_in, b_out)]
     return empty(x), empty(weight), empty(w_in), empty(w_out), *biases
 
 
@@ -166,7 +205,8 @@ class _Gather(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     "The weighted sum of the rows of each token."
     @staticmethod
-    def forward(rows, weight, token, slot, row, first): return _sum_slots(rows, row, first, weight.to(rows.dtype))
+    def forward(rows, weight, token, slot, row, first):
+        return _sum_slots(rows, row, first, weight.to(rows.dtype))
 
     @staticmethod
     def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[:5])
@@ -200,38 +240,16 @@ def _can_group(x, w_in, w_out):
     return fine and all(n * x.element_size() % 16 == 0 for n in sizes)
 
 # %% ../nbs/30_experts.ipynb #444d8327
-class Experts(nn.Module):
-    "Several feed-forward networks with stacked weights; which token goes where is given."
-    def __init__(self,
-        dim: int,  # width of a token
-        hidden: int,  # width between the two maps
-        num_experts: int,
-        expert: str = "swiglu",  # gated: "swiglu", "geglu", "reglu"; plain: "silu", "gelu", "relu"
-        bias: bool = False,
-        execution: str = "auto",  # "segments", "grouped", or what is faster
-        device=None, dtype=None,
-    ):
-        super().__init__()
-        self.dim, self.hidden = whole(dim, "dim", 1), whole(hidden, "hidden", 1)
-        self.num_experts = whole(num_experts, "num_experts", 1)
-        self.expert = one_of(expert, "expert", _EXPERTS)
-        self.execution = one_of(execution, "execution", ["auto", "segments", "grouped"])
-        inner = hidden * (1 + _EXPERTS[expert][1])
-        def parameter(*shape): return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
-        self.w_in, self.w_out = parameter(inner, dim), parameter(hidden, dim)
-        self.register_parameter("b_in", parameter(inner) if bias else None)
-        self.register_parameter("b_out", parameter(dim) if bias else None)
-        self.reset_parameters()
+def _pays(x, rows):
+    "Are grouped products faster than segments, for so many rows per expert?"
+    if not x.is_cuda: return x.device.type == "cpu" and rows <= 64 and not torch.compiler.is_compiling()
+    return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 9
 
-    def reset_parameters(self):
-        "Each expert begins as nn.Linear does."
-        for width, parts in ((self.dim, (self.w_in, self.b_in)), (self.hidden, (self.w_out, self.b_out))):
-            for part in parts:
-                if part is not None: nn.init.uniform_(part, -width ** -.5, width ** -.5)
+# %% ../nbs/30_experts.ipynb #fef9d131
+class Experts(_Stacked):
+    """Several feed-forward networks with stacked weights; which token goes where is given.
 
-    def extra_repr(self):
-        return f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, expert={self.expert!r}"
-
+    Raises TypeError for tokens of another dtype than the weights."""
     def forward(self,
         x: Tensor,  # (tokens, dim)
         weight: Tensor,  # (slots,), in the order of the tokens
@@ -242,18 +260,19 @@ class Experts(nn.Module):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             parts = [part if part is None else part.to(dtype) for part in parts]
-        x, w_in, b_in, w_out, b_out = parts
-        need(x.dtype == w_in.dtype, "x", f"tokens of {w_in.dtype}, as the experts are,", x.dtype, TypeError)
+        x, *weights = parts
+        dtype = weights[0].dtype
+        need(x.dtype == dtype, "x", f"tokens of {dtype}, as the experts are,", x.dtype, TypeError)
         with _no_autocast(x.device):
-            if self._groups(x): return _grouped(x, weight, plan, w_in, b_in, w_out, b_out, self.expert)
-            arguments = x, weight, *plan, w_in, b_in, w_out, b_out, self.expert
-            return (_Segments.apply(*arguments) if torch.is_grad_enabled() else _forward(*arguments, False))[0]
+            if self._groups(x, len(plan.token)): return _grouped(x, weight, plan, *weights, self.expert)
+            arguments = x, weight, *plan, *weights, self.expert
+            if torch.is_grad_enabled(): return _Segments.apply(*arguments)[0]
+            return _forward(*arguments, False)[0]
 
-    def _groups(self, x):
+    def _groups(self, x, rows):
         "Are grouped products to be used?"
         if self.execution == "segments": return False
         able = _can_group(x, self.w_in, self.w_out)
-        if self.execution == "auto":
-            return able and x.is_cuda and x.dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] >= 9
-        need(able, "execution", "'segments' for these widths and this dtype", f"'grouped' for {x.dtype}, {self.extra_repr()}")
+        if self.execution == "auto": return able and _pays(x, rows / self.num_experts)
+        need(able, "execution", "'segments' for such widths and dtype", f"'grouped' for {x.dtype}, {self}")
         return True

@@ -21,40 +21,63 @@ from .experts import _EXPERTS, _activate
 from .routing import *
 
 # %% ../nbs/30_moe.ipynb #ba5d9651
-_all_ = ["Routing", "Router", "TopK", "NoisyTopK", "Balanced", "update_biases_", "ExpertChoice", "Hash", "capacity",
-         "drop_overflow", "Plan", "plan_rows", "load_balancing_loss", "importance_loss", "load_loss",
-         "router_z_loss", "statistics", "FeedForward", "Experts"]
+_all_ = ["Routing", "Router", "TopK", "NoisyTopK", "Balanced", "update_biases_", "ExpertChoice", "Hash",
+         "capacity", "drop_overflow", "Plan", "plan_rows", "load_balancing_loss", "importance_loss",
+         "load_loss", "router_z_loss", "statistics", "FeedForward", "Experts"]
 
 # %% ../nbs/30_moe.ipynb #3e8f3339
 _ROUTERS = {"topk": TopK, "noisy": NoisyTopK, "balanced": Balanced, "expert choice": ExpertChoice}
 
 
-class MoE(nn.Module):
-    """A mixture of experts in place of a feed-forward layer; no token is dropped unless `capacity_factor` says so.
+def _router(router, dim, num_experts, top_k, options):
+    "A router by its name, or the one given, checked."
+    if isinstance(router, str):
+        return _ROUTERS[one_of(router, "router", _ROUTERS)](dim, num_experts, top_k, **options)
+    fine = isinstance(router, nn.Module) and hasattr(router, "route")
+    need(fine, "router", f"one of {', '.join(map(repr, _ROUTERS))} or a Router", router, TypeError)
+    asked = {"dim": dim, "num_experts": num_experts, "top_k": top_k}
+    has = {name: getattr(router, name) for name in asked}
+    need(has == asked, "router", f"one of {asked}", has)
+    return router
 
-    Raises ValueError for sizes that do not fit each other. Sources: Shazeer et al. 2017; Dai et al. 2024 (shared experts)."""
+
+def _decide(layer, x, mask, ids):
+    "Where tokens (tokens, dim) go, within the room that experts have, and the plan of their rows."
+    mask, ids = (given if given is None else given.reshape(-1) for given in (mask, ids))
+    routing = layer.router(x, mask, ids)
+    if layer.capacity_factor is not None:
+        room = capacity(len(x), routing.num_experts, layer.router.top_k, layer.capacity_factor)
+        routing = drop_overflow(routing, max(room, 1), layer.drop)
+    plan = plan_rows(routing)
+    if layer.training: layer.router.observe(plan.ends.diff(prepend=plan.ends.new_zeros(1)))
+    return routing, plan
+
+# %% ../nbs/30_moe.ipynb #4d0354f3
+class MoE(nn.Module):
+    """A mixture of experts in place of a feed-forward layer; `capacity_factor=None` drops nothing.
+
+    Raises ValueError for sizes that do not fit. Sources: Shazeer et al. 2017; Dai et al. 2024."""
     def __init__(self,
         dim: int,  # width of a token
         hidden: int,  # of each expert
         num_experts: int,  # that tokens are routed to
         top_k: int = 2,  # experts that a token is sent to
         shared_experts: int = 0,  # further experts that every token uses
-        router: str | nn.Module = "topk",  # "topk", "noisy", "balanced", "expert choice", or a router
+        router: str | nn.Module = "topk",  # or "noisy", "balanced", "expert choice", or a router
         expert: str = "swiglu",  # gated: "swiglu", "geglu", "reglu"; plain: "silu", "gelu", "relu"
-        capacity_factor: float | None = None,  # room of an expert by its fair share, at least 1; None: no limit
-        drop: str = "position",  # what goes first where there is no room: the last in "position", or the smallest in "weight"
+        capacity_factor: float | None = None,  # room of an expert by its fair share, at least 1
+        drop: str = "position",  # who finds no room: the last in "position", or the least in "weight"
         bias: bool = False,  # of the experts
         execution: str = "auto",  # "segments", "grouped", or what is faster
         device=None, dtype=None,
     ):
         super().__init__()
-        options = {"device": device, "dtype": dtype}
-        whole(shared_experts, "shared_experts", 0)
+        options, wide = {"device": device, "dtype": dtype}, hidden * whole(shared_experts, "shared_experts", 0)
         self.router = _router(router, dim, num_experts, top_k, options)
         self.experts = Experts(dim, hidden, num_experts, expert, bias, execution, **options)
-        self.shared = FeedForward(dim, shared_experts * hidden, expert, bias, **options) if shared_experts else None
-        self.capacity_factor = None if capacity_factor is None else real(capacity_factor, "capacity_factor", low=1)
-        self.drop = one_of(drop, "drop", ["position", "weight"])
+        self.shared = FeedForward(dim, wide, expert, bias, **options) if wide else None
+        if capacity_factor is not None: real(capacity_factor, "capacity_factor", low=1)
+        self.capacity_factor, self.drop = capacity_factor, one_of(drop, "drop", ["position", "weight"])
         self.routing = None  # of the last batch
 
     def forward(self,
@@ -65,33 +88,25 @@ class MoE(nn.Module):
         "Send each token to its experts, and add up what they make of it."
         tensor(x, "x", floating=True)
         flat = x.reshape(-1, x.shape[-1]) if x.ndim else x
-        routing = self.router(flat, *(given if given is None else given.reshape(-1) for given in (mask, ids)))
-        if self.capacity_factor is not None:
-            room = capacity(len(flat), routing.num_experts, self.router.top_k, self.capacity_factor)
-            routing = drop_overflow(routing, max(room, 1), self.drop)
-        plan = plan_rows(routing)
-        if self.training: self.router.observe(plan.ends.diff(prepend=plan.ends.new_zeros(1)))
-        self.routing = routing
-        y = self.experts(flat, routing.weight, plan)
-        if not self.router.every_token: y = y.masked_fill(routing.bad[:, None], torch.nan)
+        self.routing, plan = _decide(self, flat, mask, ids)
+        y = self.experts(flat, self.routing.weight, plan)
+        if not self.router.every_token: y = y.masked_fill(self.routing.bad[:, None], torch.nan)
         if self.shared is not None: y = y + self.shared(flat)
         return y.reshape(x.shape)
 
-    def extra_repr(self): return "" if self.capacity_factor is None else f"capacity_factor={self.capacity_factor}, drop={self.drop!r}"
-    def __getstate__(self): return {**super().__getstate__(), "routing": None}  # copies and files are without the last batch
-
-# %% ../nbs/30_moe.ipynb #4d0354f3
-def _router(router, dim, num_experts, top_k, options):
-    "A router by its name, or the one given, checked."
-    if isinstance(router, str): return _ROUTERS[one_of(router, "router", _ROUTERS)](dim, num_experts, top_k, **options)
-    fine = isinstance(router, nn.Module) and hasattr(router, "route")
-    need(fine, "router", f"one of {', '.join(map(repr, _ROUTERS))} or a Router", router, TypeError)
-    asked = {"dim": dim, "num_experts": num_experts, "top_k": top_k}
-    has = {name: getattr(router, name) for name in asked}
-    need(has == asked, "router", f"one of {asked}", has)
-    return router
+    def __getstate__(self): return super().__getstate__() | {"routing": None}  # copies are without it
 
 # %% ../nbs/30_moe.ipynb #dcdc30bd
+def _by_slots(e, mixed, slots):
+    "What experts make of (…, slots, dim), so many slots each."
+    rows = mixed.reshape(-1, e.num_experts, slots, e.dim).transpose(0, 1).flatten(1, 2)
+    h = rows @ e.w_in.mT
+    if e.b_in is not None: h = h + e.b_in[:, None]
+    y = _activate(h, e.expert) @ e.w_out
+    if e.b_out is not None: y = y + e.b_out[:, None]
+    return y.unflatten(1, (-1, slots)).transpose(0, 1).reshape(mixed.shape)
+
+# %% ../nbs/30_moe.ipynb #99eeeba0
 class SoftMoE(nn.Module):
     """A soft mixture: every slot averages all tokens of a sequence, every token all slots; not causal.
 
@@ -127,35 +142,28 @@ class SoftMoE(nn.Module):
         if mask is not None: out = out & mask[..., None]
         dispatch = torch.where(out, logits, torch.finfo(logits.dtype).min).softmax(-2) * out
         mixed = dispatch.mT.to(x.dtype) @ torch.where(out, x, 0)
-        return logits.softmax(-1).to(x.dtype) @ self._compute(mixed).to(x.dtype)
-
-    def _compute(self, mixed):
-        "Every slot by its expert, (…, slots, dim)."
-        e = self.experts
-        rows = mixed.reshape(-1, e.num_experts, self.slots, e.dim).transpose(0, 1).flatten(1, 2)
-        h = rows @ e.w_in.mT
-        if e.b_in is not None: h = h + e.b_in[:, None]
-        y = _activate(h, e.expert) @ e.w_out
-        if e.b_out is not None: y = y + e.b_out[:, None]
-        return y.unflatten(1, (-1, self.slots)).transpose(0, 1).reshape(mixed.shape)
+        return logits.softmax(-1).to(x.dtype) @ _by_slots(self.experts, mixed, self.slots).to(x.dtype)
 
 # %% ../nbs/30_moe.ipynb #819abaeb
 def _parts(dense):
     "The maps (up or gate, up, down) of a dense network, and the kind of expert that it is."
     if isinstance(dense, FeedForward): return [dense.up], dense.down, dense.expert
-    if all(hasattr(dense, name) for name in ("gate_proj", "up_proj", "down_proj")):
-        return [dense.gate_proj, dense.up_proj], dense.down_proj, _kind(dense, getattr(dense, "act_fn", None), True)
-    fine = isinstance(dense, nn.Sequential) and len(dense) == 3 and all(isinstance(dense[i], nn.Linear) for i in (0, 2))
-    expected = "a FeedForward, nn.Sequential(Linear, function, Linear) or one with gate_proj, up_proj and down_proj"
+    if all(hasattr(dense, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+        return [dense.gate_proj, dense.up_proj], dense.down_proj, _kind(dense.act_fn, True)
+    fine = isinstance(dense, nn.Sequential) and len(dense) == 3
+    fine = fine and isinstance(dense[0], nn.Linear) and isinstance(dense[2], nn.Linear)
+    expected = ("a FeedForward, nn.Sequential(Linear, function, Linear) or one with gate_proj, up_proj, "
+                "down_proj and act_fn")
     need(fine, "dense", expected, type(dense), TypeError)
-    return [dense[0]], dense[2], _kind(dense, dense[1], False)
+    return [dense[0]], dense[2], _kind(dense[1], False)
 
 
-def _kind(dense, function, gated):
-    "The name of experts with a given function."
+def _kind(function, gated):
+    "The name of experts with a given function, found by its values."
     at = torch.linspace(-3, 3, 7)
-    same = [name for name, (_, gates) in _EXPERTS.items() if gates == gated and callable(function)
-            and torch.allclose(function(at), _activate(torch.cat([at, at.new_ones(7)]) if gated else at, name), atol=1e-6)]
+    h = torch.cat([at, torch.ones(7)]) if gated else at
+    kinds = [name for name, (_, gates) in _EXPERTS.items() if gates == gated]
+    same = [kind for kind in kinds if torch.allclose(function(at), _activate(h, kind), atol=1e-6)]
     need(same, "dense", "a network with silu, gelu or relu", function)
     return same[0]
 
@@ -176,7 +184,8 @@ def upcycle(
     bias = down.bias is not None
     need(all((up.bias is not None) == bias for up in ups), "dense", "biases in all maps or in none", dense)
     at = {"device": down.weight.device, "dtype": down.weight.dtype}
-    layer = MoE(down.out_features, down.in_features, num_experts, top_k, expert=expert, bias=bias, **at | options)
+    made = at | options | {"expert": expert, "bias": bias}
+    layer = MoE(down.out_features, down.in_features, num_experts, top_k, **made)
     experts = layer.experts
     experts.w_in.copy_(torch.cat([up.weight for up in ups]))
     experts.w_out.copy_(down.weight.mT)
@@ -189,7 +198,7 @@ def upcycle(
 
 # %% ../nbs/30_moe.ipynb #99b78dc7
 def _clusters(points, usage, number):
-    "Join the two clusters whose join adds the least squared error, weighted by usage, until so many are left."
+    "Join the two clusters whose join adds the least error, by usage, until so many are left."
     cluster = torch.arange(len(points), device=points.device)
     centers, mass = points.clone(), usage.clone()
     while len(centers) > number:
@@ -207,39 +216,15 @@ def _clusters(points, usage, number):
 
 def _usage(layer, usage):
     "How much each expert was used, as shares."
-    if usage is None: usage = layer.routing.counts() if layer.routing is not None else torch.ones(layer.experts.num_experts)
+    number = layer.experts.num_experts
+    if usage is None: usage = layer.routing.counts() if layer.routing else torch.ones(number)
     usage = torch.as_tensor(usage, dtype=torch.float64)
-    tensor(usage, "usage", shape=(layer.experts.num_experts,), finite=True)
-    need(bool((usage >= 0).all()) and usage.sum() > 0, "usage", "counts of at least 0, not all 0,", usage.tolist())
+    tensor(usage, "usage", shape=(number,), finite=True)
+    fine = bool((usage >= 0).all()) and usage.sum() > 0
+    need(fine, "usage", "counts of at least 0, not all 0,", usage.tolist())
     return usage / usage.sum()
 
 # %% ../nbs/30_moe.ipynb #be5e592a
-@torch.no_grad()
-def merge_experts(
-    layer: MoE,
-    num_experts: int = 1,  # afterwards
-    usage: Tensor | Sequence[float] | None = None,  # (experts,), tokens of each; None: of the last batch, or equal
-    top_k: int | None = None,  # afterwards; None: as before, as far as there are experts
-) -> nn.Module:  # FeedForward for one expert, else MoE; shared experts stay beside them
-    """Average experts, weighted by usage: all of them, or those of each cluster of similar ones.
-
-    Raises ValueError for more experts than there are, TypeError for another layer."""
-    need(isinstance(layer, MoE), "layer", "a MoE", layer, TypeError)
-    e = layer.experts
-    number = whole(num_experts, "num_experts", 1, e.num_experts)
-    usage = _usage(layer, usage).to(e.w_in.device) + 1e-12  # an unused expert still counts where it is alone
-    need(number > 1 or layer.shared is None, "num_experts", "at least 2 for a layer with shared experts", number)
-    points = torch.cat([p.flatten(1).double() for p in e.parameters()], 1)
-    cluster = _clusters(points, usage, number)
-    share = torch.zeros(number, e.num_experts, dtype=torch.float64, device=points.device)
-    share[cluster, torch.arange(e.num_experts)] = usage
-    share /= share.sum(-1, keepdim=True)
-    def merged(p): return (share @ p.reshape(len(p), -1).double()).to(p.dtype).reshape(number, *p.shape[1:])
-    options = {"expert": e.expert, "bias": e.b_in is not None, "device": e.w_in.device, "dtype": e.w_in.dtype}
-    if number == 1: return _dense(FeedForward(e.dim, e.hidden, **options), *map(merged, e.parameters()))
-    return _fewer(layer, number, top_k, options, merged)
-
-
 def _dense(network, w_in, w_out, b_in=None, b_out=None):
     "A dense network with the weights of one expert."
     for linear, weight, bias in ((network.up, w_in, b_in), (network.down, w_out.mT, b_out)):
@@ -247,7 +232,7 @@ def _dense(network, w_in, w_out, b_in=None, b_out=None):
         if bias is not None: linear.bias.copy_(bias[0])
     return network
 
-
+# %% ../nbs/30_moe.ipynb #1d4128d0
 def _fewer(layer, number, top_k, options, merged):
     "A mixture of fewer experts, with the router's rows averaged like the experts."
     router = deepcopy(layer.router)
@@ -265,3 +250,30 @@ def _fewer(layer, number, top_k, options, merged):
     for p, q in zip(new.experts.parameters(), e.parameters()): p.copy_(merged(q))
     new.shared = deepcopy(layer.shared)
     return new.train(layer.training)
+
+# %% ../nbs/30_moe.ipynb #b679a87d
+@torch.no_grad()
+def merge_experts(
+    layer: MoE,
+    num_experts: int = 1,  # afterwards
+    usage: Tensor | Sequence[float] | None = None,  # (experts,); None: of the last batch, or equal
+    top_k: int | None = None,  # afterwards; None: as before, as far as there are experts
+) -> nn.Module:  # FeedForward for one expert, else MoE; shared experts stay beside them
+    """Average experts, weighted by usage: all of them, or those of each cluster of similar ones.
+
+    Raises ValueError for more experts than there are, TypeError for another layer."""
+    need(isinstance(layer, MoE), "layer", "a MoE", layer, TypeError)
+    e = layer.experts
+    number = whole(num_experts, "num_experts", 1, e.num_experts)
+    usage = _usage(layer, usage).to(e.w_in.device) + 1e-12  # an unused expert still counts where it is alone
+    fine = number > 1 or layer.shared is None
+    need(fine, "num_experts", "at least 2 for a layer with shared experts", number)
+    points = torch.cat([p.flatten(1).double() for p in e.parameters()], 1)
+    cluster = _clusters(points, usage, number)
+    share = torch.zeros(number, e.num_experts, dtype=torch.float64, device=points.device)
+    share[cluster, torch.arange(e.num_experts)] = usage
+    share /= share.sum(-1, keepdim=True)
+    def merged(p): return (share @ p.reshape(len(p), -1).double()).to(p.dtype).reshape(number, *p.shape[1:])
+    options = {"expert": e.expert, "bias": e.b_in is not None, "device": e.w_in.device, "dtype": e.w_in.dtype}
+    if number == 1: return _dense(FeedForward(e.dim, e.hidden, **options), *map(merged, e.parameters()))
+    return _fewer(layer, number, top_k, options, merged)

@@ -183,7 +183,7 @@ def _within(choice, groups, top):
 class Balanced(Router):
     """Sigmoid scores, and a bias on the choice that `update_` moves towards equal loads.
 
-    Raises ValueError where groups do not divide the experts. Sources: Wang et al. 2024, section 3; DeepSeek-AI 2024, section 2.1.2."""
+    Raises ValueError where groups do not divide the experts. Sources: Wang et al. 2024; DeepSeek-V3."""
     def __init__(self,
         dim: int,  # width of a token
         num_experts: int,
@@ -218,7 +218,7 @@ class Balanced(Router):
 
     @torch.no_grad()
     def update_(self, group=None):
-        "Move the bias by what was seen since the last call, in all processes of a group: once per optimizer step."
+        "Move the bias by what a process group saw since the last call: once per optimizer step."
         if dist.is_available() and dist.is_initialized(): dist.all_reduce(self.load, group=group)
         self.bias += self.rate * (self.load.mean() - self.load).sign()
         self.load.zero_()
@@ -331,7 +331,7 @@ def plan_rows(routing: Routing) -> Plan:
     return Plan(ends, routing.token[slot], slot, row, first)
 
 # %% ../nbs/30_routing.ipynb #4df0a418
-def load_balancing_loss(routing: Routing) -> Tensor:  # a scalar, 1 at uniform routing, `num_experts` when one expert has all
+def load_balancing_loss(routing: Routing) -> Tensor:  # a scalar, 1 at uniform routing
     """The share of slots of each expert times its mean probability; padding does not count.
 
     Raises ValueError for a router without probabilities. Source: Fedus et al. 2022, equations 4 to 6."""
@@ -355,7 +355,7 @@ def _mean(values, valid):
 
 # %% ../nbs/30_routing.ipynb #2b34e8a8
 def importance_loss(routing: Routing) -> Tensor:  # a scalar, 0 where all experts have the same sum of weights
-    "The squared coefficient of variation of the experts' sums of weights. Source: Shazeer et al. 2017, equations 6 and 7."
+    "The squared variation of the experts' sums of weights. Source: Shazeer et al. 2017, equations 6 and 7."
     weight = torch.where(routing.valid[routing.token], routing.weight, 0)
     chosen = routing.expert[:, None] == torch.arange(routing.num_experts, device=weight.device)
     return _variation(torch.where(chosen, weight[:, None], 0).sum(0))
@@ -384,7 +384,7 @@ def router_z_loss(routing: Routing) -> Tensor:  # a scalar, at least 0
 
 # %% ../nbs/30_routing.ipynb #85b3c211
 def statistics(routing: Routing) -> dict:  # plain numbers
-    """What a batch did: tokens per expert, violation, entropies in nats, dropped slots, tokens that are not finite.
+    """What a batch did: tokens per expert, violation, entropies in nats, what was left out.
 
     Source of the violation: Wang et al. 2024."""
     counts, chosen = routing.counts(), routing.counts(kept=False)

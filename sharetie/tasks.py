@@ -247,8 +247,10 @@ def sharing(
 def _tied(penalty):
     "The strength of its tie for every weight that a penalty pulls, by identity."
     if not isinstance(penalty, TiePenalty): return {}
-    groups = penalty.groups.items()
-    return {id(m.tensor): penalty.strength[label] for label, group in groups for m in group}
+    found = {}
+    for label, group in penalty.groups.items():
+        for m in group: found[id(m.tensor)] = max(penalty.strength[label], found.get(id(m.tensor), 0))
+    return found
 
 # %% ../nbs/20_tasks.ipynb #e3489725
 def missing(

@@ -69,7 +69,7 @@ def replaced(map, source=None):
     return model
 
 
-@pytest.mark.parametrize("map, policies", [(Transpose(), ["first", "mean"]), (torch.tril, ["first"]), (Slice(slice(0, 2)), ["first"])], ids=str)
+@pytest.mark.parametrize("map, policies", [(Transpose(), ["first", "mean"]), (torch.tril, ["first"]), (Slice(slice(0, 2)), ["first"])], ids=["transpose", "tril", "slice"])
 def test_only_policies_that_mend_are_advised(map, policies):
     for policy in ("first", "mean"):
         model = replaced(map)

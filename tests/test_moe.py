@@ -117,6 +117,15 @@ def test_gradcheck_of_the_segments(kind, router):
     assert torch.autograd.gradcheck(f, (x, *parameters))
 
 
+def test_auto_groups_few_rows_and_the_rest_is_segments():
+    layer = make()
+    for name in ("segments", "grouped"): assert make(execution=name).experts.execution == name
+    assert layer.experts._groups(tokens(), 50) and not layer.experts._groups(tokens(), 5000)
+    many = tokens(1000)
+    assert torch.allclose(layer(many)[:20], layer(many[:20]), atol=1e-6)
+    with pytest.raises(ValueError, match="did you mean 'grouped'"): make(execution="group")
+
+
 def test_the_operator_passes_pytorchs_own_checks():
     layer = make(num_experts=4, dtype=torch.float64, bias=True)
     x = tokens(9, torch.float64)
@@ -129,9 +138,9 @@ def test_the_operator_passes_pytorchs_own_checks():
 
 
 def test_grouped_products_refuse_what_they_cannot_do_and_auto_does_not_ask():
-    for options in ({"dtype": torch.float64}, {"num_experts": 4}):
+    for options in ({"dtype": torch.float64}, {}):
         layer = MoE(DIM + (0 if "dtype" in options else 1), HIDDEN, 4, execution="grouped", dtype=options.get("dtype"))
-        with pytest.raises(ValueError, match="execution: 'segments' for these widths"): layer(torch.ones(3, layer.experts.dim, dtype=options.get("dtype")))
+        with pytest.raises(ValueError, match="execution: 'segments' for such widths"): layer(torch.ones(3, layer.experts.dim, dtype=options.get("dtype")))
         layer.experts.execution = "auto"
         assert layer(torch.ones(3, layer.experts.dim, dtype=options.get("dtype"))).shape == (3, layer.experts.dim)
 

@@ -13,9 +13,10 @@ from schemes import TASKS, mlp, setting
 from sharetie.balancing import balancer
 from sharetie.results import set_seed
 from sharetie.scores import error_rate, evaluate
-from sharetie.tasks import (Hard, Multitask, OwnInputs, Sharing, Single, TaskLosses, checked_trunk, label_counts, missing,
+from sharetie.tasks import (_tied, Hard, Multitask, OwnInputs, Sharing, Single, TaskLosses, checked_trunk, label_counts, missing,
                             pooled, sharing, towers_of)
 from sharetie.train import fit
+from sharetie.tying import TiePenalty
 
 nan = math.nan
 
@@ -326,3 +327,9 @@ BAD_MODELS = {
 def test_bad_models(name):
     f, error, message = BAD_MODELS[name]
     with pytest.raises(error, match=message): f()
+
+
+def test_of_several_ties_of_a_weight_the_strongest_is_shown():
+    a, b, c = (nn.Parameter(torch.full((2,), float(i))) for i in range(3))
+    penalty = TiePenalty([[a, b], [b, c]], strength={"groups[0]": .3, "groups[1]": 0.})
+    assert _tied(penalty) == {id(a): .3, id(b): .3, id(c): 0}
