@@ -72,10 +72,10 @@ class MoE(nn.Module):
         device=None, dtype=None,
     ):
         super().__init__()
-        options, wide = {"device": device, "dtype": dtype}, hidden * whole(shared_experts, "shared_experts", 0)
+        options, shared = {"device": device, "dtype": dtype}, whole(shared_experts, "shared_experts", 0)
         self.router = _router(router, dim, num_experts, top_k, options)
         self.experts = Experts(dim, hidden, num_experts, expert, bias, execution, **options)
-        self.shared = FeedForward(dim, wide, expert, bias, **options) if wide else None
+        self.shared = FeedForward(dim, shared * hidden, expert, bias, **options) if shared else None
         if capacity_factor is not None: real(capacity_factor, "capacity_factor", low=1)
         self.capacity_factor, self.drop = capacity_factor, one_of(drop, "drop", ["position", "weight"])
         self.routing = None  # of the last batch
