@@ -53,12 +53,12 @@ def retie_(
 # %% ../nbs/02_binding.ipynb #a0ef9e6f
 class _Whole:
     "A context in which a model's tensors and modules, and the values of some, change altogether or not at all."
-    keys = "_parameters", "_buffers", "_modules", "_flat_weights", "_declared_ties"
+    keys = "_parameters", "_buffers", "_modules", "_flat_weights", "_declared_ties", "_non_persistent_buffers_set"
 
     def __init__(self, model, values=()): self.modules, self.values = list(model.modules()), list(values)
 
     def __enter__(self):
-        def noted(value): return value.copy() if isinstance(value, (dict, list)) else value
+        def noted(value): return value.copy() if isinstance(value, (dict, list, set)) else value
         self.saved = [(type(module), {key: noted(module.__dict__[key]) for key in self.keys if key in module.__dict__})
                       for module in self.modules]
         self.watched = ["_one_value" in module.__dict__ for module in self.modules]

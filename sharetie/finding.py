@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
+from itertools import groupby
 from operator import add, itemgetter
 from typing import NamedTuple
 
@@ -126,7 +127,7 @@ def _extent(tensor):
 # %% ../nbs/02_finding.ipynb #a963c736
 def _spans(tensors):
     "Parallel lists (starts, stops, owners, parts) of the bytes of plain tensors; of those without memory, sizes from 0."
-    if {*map(type, tensors)} <= {nn.Parameter, Tensor}:
+    if {*map(type, tensors)} <= {nn.Parameter, Tensor} and not any(map(Tensor.is_nested.__get__, tensors)):
         try: return *_bytes(tensors), range(len(tensors)), tensors
         except (RuntimeError, NotImplementedError): pass  # one of them is sparse, or inside of a transform
     starts, stops, owners, parts = [], [], [], []
@@ -326,13 +327,13 @@ def _find(walk):
 def _rows(walk, ids, ends, wanted):
     "By the id of a tensor that is wanted, the (prefix, owner, attribute, tensor, kind) of all its names."
     rows = {}
-    for j in [j for j, i in enumerate(ids) if i in wanted] if wanted else ():
-        k = bisect_right(ends, j)
-        module = walk.modules[k]
-        name = [*module._parameters, *module._buffers][j - ends[k]]  # counted from the last
-        kind = "parameter" if name in module._parameters else "buffer"
-        tensor = (module._parameters if kind == "parameter" else module._buffers)[name]
-        rows.setdefault(ids[j], []).append((walk.prefix(k), module, name, tensor, kind))
+    places = [j for j, i in enumerate(ids) if i in wanted] if wanted else ()
+    for k, row in groupby(places, lambda j: bisect_right(ends, j)):
+        module, prefix = walk.modules[k], walk.prefix(k)
+        own = [(prefix, module, name, tensor, kind)
+               for kind, held in (("parameter", module._parameters), ("buffer", module._buffers))
+               for name, tensor in held.items()]
+        for j in row: rows.setdefault(ids[j], []).append(own[j - ends[k]])  # counted from the last
     return rows
 
 # %% ../nbs/02_finding.ipynb #5bab15b9

@@ -337,8 +337,9 @@ def _put(places, tensor):
 # %% ../nbs/02_making.ipynb #fd809745
 def _changeable(model):
     "Raise if a wrapper has taken note of the model's Parameters already."
-    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    wrappers = (nn.parallel.DistributedDataParallel, *([fsdp] if fsdp else []))
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrappers = [getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name)]
+    wrappers = (nn.parallel.DistributedDataParallel, *wrappers)
     for path, module in module_paths(model):
         if isinstance(module, wrappers):
             raise ValueError(f"model: one that is not wrapped yet is expected, got {type(module).__name__} at "
@@ -349,12 +350,13 @@ def _changeable(model):
 
 
 def _in_wrapper(model):
-    "Is a model wrapped by DDP? Nothing on it says so; but who refers to it can be asked, and a wrapper given up does not."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return False
+    "Is a model, or a part, wrapped by DDP? Nothing on it says so; but who refers to a Parameter can be asked (not after gc.freeze)."
+    first = next(model.parameters(), None)
+    if first is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()): return False
     def asked():
-        held = [own for own in gc.get_referrers(model) if isinstance(own, dict) and own.get("module") is model]
-        return any(isinstance(top, dict) and top.get("_modules") is own and "reducer" in top
-                   or isinstance(top, nn.parallel.DistributedDataParallel) for own in held for top in gc.get_referrers(own))
+        lists = [own for own in gc.get_referrers(first) if isinstance(own, list)]
+        return any(isinstance(top, dict) and top.get("_module_parameters") is own
+                   or isinstance(top, nn.parallel.DistributedDataParallel) for own in lists for top in gc.get_referrers(own))
     if not asked(): return False
     gc.collect()
     return asked()

@@ -193,6 +193,7 @@ def view_map(
 ) -> Map | None:  # makes the member's elements from the source's; None: there is no such map here
     "The map from a tensor to another one in its memory: a transpose, a slice, a new shape."
     if is_traceable_wrapper_subclass(source) or is_traceable_wrapper_subclass(member): return None
+    if any(t.layout is not torch.strided or t.is_nested for t in (source, member)): return None
     if member.dtype != source.dtype or member.numel() > source.numel(): return None
     here = _view(member)
     if here == _view(source): return nn.Identity()

@@ -893,3 +893,17 @@ def test_what_is_no_tensor_is_left_to_pytorch():
 def test_a_wrong_shape_is_told_as_one():
     model = tied()
     with pytest.raises(RuntimeError, match="size mismatch for head.weight"): model.load_state_dict(model.state_dict() | {"head.weight": torch.ones(3)})
+
+
+def test_a_tie_that_cannot_be_mended_leaves_buffers_as_persistent_as_they_were():
+    def holder(value):
+        module = nn.Module()
+        module.register_buffer("w", torch.full((2, 2), value), persistent=False)
+        return module
+    model = nn.ModuleDict({"a": holder(0.), "b": holder(0.), "c": nn.Linear(2, 2, bias=False), "d": nn.Linear(2, 2, bias=False)})
+    tie_(model, ["a.w", "b.w"], map=Transpose())
+    tie_(model, ["c.weight", "d.weight"])
+    model["b"], model["d"].weight = holder(1.), nn.Parameter(torch.zeros(3, 2))
+    before = list(model.state_dict())
+    with pytest.raises(BrokenTie): retie_(model, on_conflict="first")
+    assert list(model.state_dict()) == before

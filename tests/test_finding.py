@@ -427,3 +427,17 @@ def test_finding_reads_no_value_and_changes_nothing():
     before = {name: id(p.tensor) for name, p in places(model).items()}
     find_ties(model)
     assert {name: id(p.tensor) for name, p in places(model).items()} == before
+
+
+def test_ties_of_a_scripted_model():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    assert [tie.names for tie in find_ties(torch.jit.script(model))] == [("0.weight", "1.weight")]
+
+
+def test_sparse_and_nested_tensors_over_one_memory():
+    sparse = torch.eye(3).to_sparse()
+    (tie,) = find_ties(model_of(a=sparse, b=sparse.detach()))
+    assert tie.names == ("a", "b") and tie.how == "overlap"
+    ragged = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    assert find_ties(model_of(a=ragged, b=ragged.values())) == ()

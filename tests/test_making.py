@@ -459,6 +459,19 @@ def test_what_a_wrapper_holds_is_refused_while_it_lives(one_process):
     assert tie_(model, PAIR).names == tuple(PAIR)
 
 
+def test_a_part_of_what_a_wrapper_holds_is_refused(one_process):
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    ddp = nn.parallel.DistributedDataParallel(net)
+    with pytest.raises(ValueError, match="got what DistributedDataParallel holds"): tie_(ddp.module[0], ["0.weight", "1.weight"])
+    assert net[0][0].weight is not net[0][1].weight
+
+
+def test_a_wrapper_of_another_kind_is_not_taken_for_one(one_process):
+    model, other = Words(), nn.Module()
+    other.module, other.reducer = model, "mean"
+    assert tie_(model, PAIR).names == tuple(PAIR)
+
+
 # Many groups at once
 
 def test_many_groups_are_tied_as_one_by_one():
