@@ -862,7 +862,7 @@ def peak(function):
 def test_one_copy_of_memory(tmp_path):
     model = parameters(a=torch.ones(4000, 4000), b=torch.ones(4000, 4000).t())
     model.c = model.a
-    assert peak(lambda: values(model)) > 1.5e8, "the measure sees copies"
+    assert peak(lambda: values(model)) > 1.1e8, "the measure sees copies, but for what the process had free"
     assert peak(lambda: save_model(model, tmp_path / "model")) < 5.5e7
     assert peak(lambda: load_model(model, tmp_path / "model")) < 1e7
 
