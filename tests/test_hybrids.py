@@ -148,11 +148,11 @@ def test_generative_fit_is_a_fixed_point_of_expectation_maximization():
 def test_small_alpha_nears_the_generative_end():
     data, (more, _) = clouds(30), clouds(60, seed=1)
     generative = Hybrid(GaussianClasses(3, 2).double(), alpha=0, prior=3.)
-    fit_hybrid(generative, data, more, steps=500, tolerance=1e-5)
+    fit_hybrid(generative, data, more, steps=500, tolerance=1e-8)
     gaps = []
     for alpha in (.1, .2):
         hybrid = generative.at(alpha)
-        fit_hybrid(hybrid, data, more, steps=500, tolerance=1e-4)
+        fit_hybrid(hybrid, data, more, steps=500, tolerance=1e-6)
         gaps.append((hybrid(data[0]) - generative(data[0])).abs().max().item())
     assert gaps[0] < .02 and gaps[1] > 2 * gaps[0]
 

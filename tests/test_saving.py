@@ -851,7 +851,10 @@ def peak(function):
         while not done.wait(0.001): samples.append(held())
     thread = threading.Thread(target=watch)
     thread.start()
-    try: function()
+    try:
+        result = function()
+        samples.append(held())  # of what it gives, whenever the watch looked last
+        del result
     finally:
         done.set()
         thread.join()
@@ -862,7 +865,7 @@ def peak(function):
 def test_one_copy_of_memory(tmp_path):
     model = parameters(a=torch.ones(4000, 4000), b=torch.ones(4000, 4000).t())
     model.c = model.a
-    assert peak(lambda: values(model)) > 1.1e8, "the measure sees copies, but for what the process had free"
+    assert peak(lambda: values(model)) > 1.5e8, "the measure sees copies"
     assert peak(lambda: save_model(model, tmp_path / "model")) < 5.5e7
     assert peak(lambda: load_model(model, tmp_path / "model")) < 1e7
 
