@@ -2,7 +2,7 @@
 
 TorchJD and LibMTL are peers, not dependencies. They run from a folder of their own:
 
-    python -m pip install --no-deps --target PEERS torchjd LibMTL==1.1.5 qpsolvers quadprog cvxpy clarabel scs osqp
+    python -m pip install --no-deps --target PEERS torchjd LibMTL==1.1.5 qpsolvers quadprog cvxpy clarabel scs osqp qdldl
     PYTHONPATH=PEERS python benchmarks/balancing.py
 
 Where one is not installed, the tables say "absent". LibMTL's package asks for torchvision when it is imported, so
