@@ -37,15 +37,16 @@ def fit_together_(
     steps: int,
     rate: float = 1e-3,  # of Adam
 ) -> Tensor:  # (steps, models), the losses before each step
-    """Train many models at once, each on batches of its own.
+    """Train many models at once, each on batches of its own; what is frozen in the first is in all.
 
     Raises TypeError or ValueError for models that differ in form, and FloatingPointError, with the
     models as they were, where a loss is lost."""
     names = _one_form(models)
     function(draw, "draw", []), function(loss, "loss", ["output", "y"])
     steps, rate = whole(steps, "steps", 1), real(rate, "rate", above=0)
-    weights = {n: torch.stack([m.get_parameter(n).detach() for m in models]).requires_grad_() for n in names}
-    optimizer, losses = torch.optim.Adam(weights.values(), rate), []
+    weights = {n: torch.stack([m.get_parameter(n).detach() for m in models]) for n in names}
+    trained = [w.requires_grad_() for n, w in weights.items() if models[0].get_parameter(n).requires_grad]
+    optimizer, losses = torch.optim.Adam(trained, rate), []
     def one(weights, x, y): return loss(functional_call(models[0], weights, (x,)), y)
     for step in range(steps):
         optimizer.zero_grad()

@@ -66,6 +66,16 @@ def test_a_lost_loss_leaves_the_models_as_they_were():
     for m, state in zip(models, before): assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
 
 
+def test_frozen_weights_stay():
+    set_seed(0)
+    models = [SCHEMES["mmoe"]().double() for _ in range(2)]
+    for m in models: m.levels[0].requires_grad_(False)
+    before = copy.deepcopy([m.state_dict() for m in models])
+    fit_together_(models, batches(2), squared, 3, .01)
+    for m, state in zip(models, before):
+        for name, p in m.named_parameters(): assert torch.equal(p, state[name]) != p.requires_grad
+
+
 class Scaled(nn.Linear):
     "A part with a buffer."
     def __init__(self, scale):
