@@ -28,7 +28,8 @@ def smooth_step(
     t: Tensor,
     width: float = 1.,  # γ > 0, over which it rises from 0 to 1
 ) -> Tensor:
-    "A cubic from exactly 0 to exactly 1. Source: Hazimeh et al. 2021."
+    "A cubic from exactly 0 to exactly 1. Raises ValueError for no width. Source: Hazimeh et al. 2021."
+    need(width > 0, "width", "a number above 0", width)
     s = (t / width).clamp(-.5, .5)
     return (1.5 - 2 * s * s) * s + .5
 
@@ -129,7 +130,7 @@ class NativeLevel(Level):
         redraw: bool = True,  # a start of its own for each expert?
     ):
         super().__init__(expert, owners, {u: range(len(owners)) for u in units}, gate, first, redraw)
-        counts, like = {u: self.owners.count(u) for u in units}, next(self.experts.parameters())
+        counts, like = {u: self.owners.count(u) for u in units}, next(self.experts.parameters(), torch.empty(0))
         def start(n): return torch.empty(n).uniform_(-n**-.5, n**-.5).to(like)
         self.native = nn.ParameterDict({u: nn.Parameter(start(n)) for u, n in counts.items() if n > 1})
 

@@ -39,8 +39,8 @@ def alike(
         for part in (first, *others):
             if any(getattr(part, name) for name in _HOOKS): return False
             if type(part) is not type(first) or _settings(part) != _settings(first): return False
-    shapes = [[p.shape for p in m.parameters()] for m in modules]
-    return all(own == shapes[0] for own in shapes)
+    forms = [[(name, p.shape, p.dtype) for name, p in m.named_parameters()] for m in modules]
+    return all(form == forms[0] for form in forms)
 
 # %% ../nbs/31_mixtures.ipynb #3a73ddf4
 def together(
@@ -48,8 +48,13 @@ def together(
     x,  # (b, ...), one input for all; with `own`, a list of n of them
     own: bool = False,  # does each have an input of its own?
 ) -> Tensor:  # (n, b, ...)
-    "Outputs of several modules, in one go where they are `alike`, else one by one."
+    """Outputs of several modules, in one go where they are `alike`, else one by one.
+
+    Raises TypeError or ValueError for anything but modules, and another number of inputs."""
     modules = list(modules)
+    fine = len(modules) > 0 and all(isinstance(m, nn.Module) for m in modules)
+    if not fine: need(False, "modules", "a list of modules", modules, TypeError)
+    if own: need(len(x) == len(modules), "x", f"an input for each of {len(modules)} modules", len(x))
     if len(modules) == 1 or not alike(modules) or not any(True for _ in modules[0].parameters()):
         return torch.stack([m(z) for m, z in zip(modules, x if own else [x] * len(modules))])
     named = [dict(m.named_parameters()) for m in modules]
@@ -116,13 +121,16 @@ def mixed(
 
 # %% ../nbs/31_mixtures.ipynb #6cd9c27c
 class Hearing(nn.Module):
-    "Who owns which expert, and who hears it."
+    "Who owns which expert, and who hears it. Raises ValueError for experts that are not there."
     def __init__(self,
         owners: Sequence[str],  # the unit of each expert
         hears: Mapping[str, Sequence[int]],  # by unit, numbers of the experts that it hears
     ):
         super().__init__()
         self.owners, self.hears = list(owners), {u: list(heard) for u, heard in hears.items()}
+        for u, heard in self.hears.items():
+            expected = f"numbers of some of {len(self.owners)} experts, from 0,"
+            need(heard and set(heard) <= set(range(len(self.owners))), f"hears[{u!r}]", expected, heard)
 
     def rows(self, units):
         "Numbers of the experts that some units hear."

@@ -282,6 +282,7 @@ def test_autocast(name):
 
 
 @pytest.mark.parametrize("make, error, match", [
+    (lambda: smooth_step(torch.ones(1), 0), ValueError, "width: a number above 0"),
     (lambda: DSelectGate(0), ValueError, "n: a whole number of at least 1"),
     (lambda: DSelectGate(4, 0), ValueError, "k: a whole number from 1 to 4 is expected, got 0"),
     (lambda: DSelectGate(4, 5), ValueError, "k: a whole number from 1 to 4 is expected, got 5"),

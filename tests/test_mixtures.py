@@ -103,6 +103,9 @@ def test_what_is_not_alike_is_left_to_loops():
     drop[1].eval()
     assert not alike(drop)
     assert not alike([nn.Linear(6, 8), nn.Linear(6, 8, bias=False)])
+    named = nn.Sequential()
+    named.add_module("first", nn.Linear(6, 8))
+    assert not alike([nn.Sequential(nn.Linear(6, 8)), named])
     pruned = [expert(), expert()]
     nn.utils.parametrizations.orthogonal(pruned[0][0])
     assert not alike(pruned)
@@ -378,6 +381,11 @@ def test_other_numbers_of_experts_are_refused_and_nothing_is_loaded():
     (lambda: PLE([], heads()), ValueError, "experts: a module for one level"),
     (lambda: PLE([expert(), expert(8, 8)], heads(), gate=[None]), ValueError, "gate: one for each of 2 levels is expected, got 1"),
     (lambda: Gate(0, 3), ValueError, "dim: a whole number"),
+    (lambda: together([], torch.ones(1, 6)), TypeError, "modules: a list of modules"),
+    (lambda: together([mlp(), 3], torch.ones(1, 6)), TypeError, "modules: a list of modules"),
+    (lambda: together([mlp(), mlp()], [torch.ones(1, 6)], own=True), ValueError, "x: an input for each of 2 modules is expected, got 1"),
+    (lambda: Level(expert(), ["a"], {"a": [0], "b": []}), ValueError, "hears..b..: numbers of some of 1 experts"),
+    (lambda: Level(expert(), ["a"], {"a": [1]}), ValueError, "hears..a..: numbers of some"),
     (lambda: Gate(3, 0), ValueError, "n: a whole number"),
     (lambda: gate_means(Hard(mlp(), heads()), torch.ones(1, 6)), TypeError, "model: a Gated model"),
     (lambda: gate_means(MMoE(mlp(), heads()), torch.ones(1, 6), 1), ValueError, "level: a whole number from 0 to 0"),
