@@ -187,7 +187,7 @@ def _check_experts(state, start, n, l):
     saved = len({name[len(start):].split(".")[0] for name in state if name.startswith(start)})
     need(saved in (0, n), "state_dict", f"one of {n} experts in level {l}", saved)
 
-
+# %% ../nbs/31_mixtures.ipynb #609c375b
 class Gated(Multitask):
     """Levels of experts and gates, under heads.
 
