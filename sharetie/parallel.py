@@ -103,6 +103,15 @@ class _Part(Experts):
             if found == whole: state[name] = state[name][self.mine]
         return super()._load_from_state_dict(state, prefix, *rest)
 
+    def _ready(self, x):
+        "Tokens in the type that the experts compute in."
+        now = dist.get_world_size(self.group)
+        need(now == self.size, "group", f"the size {self.size} that experts were divided for", now)
+        if torch.is_autocast_enabled(x.device.type): return x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = self.w_in.dtype
+        need(x.dtype == dtype, "x", f"tokens of {dtype}, as the experts are,", x.dtype, TypeError)
+        return x
+
 # %% ../nbs/32_parallel.ipynb #d12a068f
 class ParallelExperts(_Part):
     """A rank's part of experts that are divided over a process group; tokens travel to them and back.
@@ -135,15 +144,6 @@ class ParallelExperts(_Part):
         rows = _Exchange.apply(rows, receive, send, self.group, 1 / factor)
         rows = F.pad(rows, (0, 0, 0, len(plan.token) - len(rows)))  # slots that go nowhere
         return _Combine.apply(rows, weight, *plan[1:])
-
-    def _ready(self, x):
-        "Tokens in the type that the experts compute in."
-        now = dist.get_world_size(self.group)
-        need(now == self.size, "group", f"the size {self.size} that experts were divided for", now)
-        if torch.is_autocast_enabled(x.device.type): return x.to(torch.get_autocast_dtype(x.device.type))
-        dtype = self.w_in.dtype
-        need(x.dtype == dtype, "x", f"tokens of {dtype}, as the experts are,", x.dtype, TypeError)
-        return x
 
 # %% ../nbs/32_parallel.ipynb #aa3a80d2
 def parallel_experts_(

@@ -32,6 +32,13 @@ class Travel(NamedTuple):
     def ratio(self) -> float: return self.travel / self.work
 
 # %% ../nbs/32_travel.ipynb #e5b602c0
+def _sent(row, ranks, near, top_k, nodes):
+    "Bytes that go to `near` ranks of a node, and elsewhere, for tokens of so many bytes."
+    if nodes is None or ranks <= near: return row * top_k * (near - 1) / ranks, row * top_k * (ranks - near) / ranks
+    reached = min(nodes, top_k, ranks / near)
+    return row * top_k * (near - 1) / near, row * reached * (1 - near / ranks)
+
+
 def travel_cost(
     ranks: int,  # that the experts are divided over
     tokens: int,  # of each rank
@@ -42,17 +49,16 @@ def travel_cost(
     itemsize: float = 2,  # bytes of a number on its way
     nodes: int | None = None,  # that a token goes to, once to each; None: once to each expert
 ) -> Travel:
-    "Bytes and seconds of a layer with equal loads; raises TypeError or ValueError for sizes below 1."
+    "Bytes and seconds of a layer with equal loads; raises TypeError or ValueError for what is no size or rate."
     sizes = {"ranks": ranks, "tokens": tokens, "dim": dim, "hidden": hidden, "top_k": top_k}
-    ranks, tokens, dim, hidden, top_k = (whole(value, name, 1) for name, value in sizes.items())
+    for name, value in sizes.items(): whole(value, name, 1)
+    if nodes is not None: whole(nodes, "nodes", 1)
     need(isinstance(machine, Machine), "machine", "a Machine", machine, TypeError)
-    for name, value in machine._asdict().items(): real(value, f"machine.{name}", low=0)
-    itemsize, near = real(itemsize, "itemsize", above=0), min(ranks, whole(machine.per_node, "per_node", 1))
-    row = 4 * tokens * dim * itemsize
-    inside, outside = row * top_k * (near - 1) / ranks, row * top_k * (ranks - near) / ranks
-    if nodes is not None and ranks > near:
-        reached = min(whole(nodes, "nodes", 1), top_k, ranks / near)
-        inside, outside = row * top_k * (near - 1) / near, row * reached * (1 - near / ranks)
-    travel = max(inside / machine.inside, outside / machine.outside) + 4 * (ranks - 1) * machine.latency
+    for name in ("inside", "outside", "rate"): real(getattr(machine, name), f"machine.{name}", above=0)
+    latency = real(machine.latency, "machine.latency", low=0)
+    near = min(ranks, whole(machine.per_node, "machine.per_node", 1))
+    row = 4 * tokens * dim * real(itemsize, "itemsize", above=0)
+    inside, outside = _sent(row, ranks, near, top_k, nodes)
+    travel = max(inside / machine.inside, outside / machine.outside) + 4 * (ranks - 1) * latency
     per_width = 18 * tokens * top_k * dim / machine.rate
     return Travel(inside, outside, travel, per_width * hidden, travel / per_width)

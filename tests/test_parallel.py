@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from processes import in_two_processes
-from sharetie.moe import MoE
+from sharetie.moe import MoE, merge_experts
 from sharetie.parallel import (ParallelExperts, clip_gradients_, data_parallel, expert_parameters, parallel_experts_, sharded_state_dict, totals,
                                whole_model)
 from sharetie.routing import Balanced, Hash, NoisyTopK, TopK, importance_loss, load_balancing_loss, load_loss, router_z_loss, statistics, update_biases_
@@ -364,6 +364,8 @@ def wrong():
     except ValueError as error: said.append(str(error))
     net = MoE(DIM, HIDDEN, 4)
     parallel_experts_(net)
+    try: merge_experts(net)
+    except ValueError as error: said.append(str(error))
     for number in (6, 2):  # of which two are a rank's part
         try: net.load_state_dict(MoE(DIM, HIDDEN, number, 1).state_dict())
         except (ValueError, RuntimeError) as error: said.append(str(error))
@@ -374,8 +376,9 @@ def test_a_group_or_a_state_that_does_not_fit(tmp_path):
     first, second = in_two_processes(wrong, tmp_path)
     assert first[0] == second[0] == "group: a size that divides num_experts = 5 is expected, got 2"
     assert second[1] == "group: one that has the process of rank 1 is expected, got -100"
-    assert first[1] == second[2] == "experts.w_in: 4 experts (or the 2 of a rank) is expected, got 6"
-    assert "[2, 8]" in first[2] and "[4, 8]" in first[2]  # the router's size
+    assert first[1] == second[2] == "layer: one with all 4 experts in one place is expected, got 2"
+    assert first[2] == "experts.w_in: 4 experts (or the 2 of a rank) is expected, got 6"
+    assert "[2, 8]" in first[3] and "[4, 8]" in first[3]  # the router's size
 
 
 def test_bad_input_without_a_group():
