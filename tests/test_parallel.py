@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from processes import in_two_processes
 from sharetie.moe import MoE, merge_experts
-from sharetie.parallel import (ParallelExperts, clip_gradients_, data_parallel, expert_parameters, parallel_experts_, sharded_state_dict, totals,
+from sharetie.parallel import (ParallelExperts, average_copies_, clip_gradients_, data_parallel, expert_parameters, parallel_experts_, sharded_state_dict, totals,
                                whole_model)
 from sharetie.routing import Balanced, Hash, NoisyTopK, TopK, importance_loss, load_balancing_loss, load_loss, router_z_loss, statistics, update_biases_
 from sharetie.saving import load_model, save_model
@@ -178,7 +178,7 @@ class Net(nn.Module):
         return self.last(h)
 
 
-def train(model, layers, x, y, steps=4):
+def train(model, layers, x, y, steps=4, copies=None):
     "Some steps with a loss for balance, a norm that clips, and a bias that balances; the norms."
     optimizer, norms = torch.optim.SGD(model.parameters(), .3), []
     for _ in range(steps):
@@ -186,6 +186,7 @@ def train(model, layers, x, y, steps=4):
         loss = loss + .1 * sum(totals(layer.routing).load_balancing_loss() + totals(layer.routing).router_z_loss() for layer in layers)
         optimizer.zero_grad()
         loss.backward()
+        if copies is not None: average_copies_(model, copies)
         norms.append(clip_gradients_(model, .2).item())
         optimizer.step()
         update_biases_(model)
@@ -197,19 +198,22 @@ def data(): return numbers(dtype=torch.float32), numbers(dtype=torch.float32, se
 
 def with_the_rest(wrap):
     "The state of one process's model after training in two."
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    rank, (x, y), net = dist.get_rank(), data(), Net()
+    rank, (x, y), net, copies = dist.get_rank(), data(), Net(), None
     if rank and wrap == "DDP": nn.init.zeros_(net.first.weight)  # DDP takes that of rank 0
-    parallel_experts_(net)
-    if wrap == "DDP": model = data_parallel(net)
-    else: model = fully_shard(net, ignored_params={*expert_parameters(net).values()})
-    norms = train(model, net.layers, x[rank::2], y[rank::2])
-    if wrap == "DDP": state = whole_model(net).state_dict()
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "experts"))
+    if wrap == "copies": copies = mesh["copies"]
+    parallel_experts_(net, mesh["experts"] if wrap == "copies" else None)
+    if wrap == "FSDP2": model = fully_shard(net, ignored_params={*expert_parameters(net).values()})
+    else: model = data_parallel(net)
+    norms = train(model, net.layers, x[rank::2], y[rank::2], copies=copies)
+    if wrap != "FSDP2": state = whole_model(net).state_dict()
     else: state = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in sharded_state_dict(net).items()}
     return {name: p.numpy() for name, p in state.items()}, norms
 
 
-@pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2", "copies"])
 def test_a_model_trains_on_two_processes_as_on_one(tmp_path, wrap):
     net, (x, y) = Net(), data()
     norms = train(net, net.layers, x, y)
@@ -401,5 +405,6 @@ def test_bad_input(one_process):
     with pytest.raises(ValueError, match="max_norm: a finite number above 0 is expected, got 0"): clip_gradients_(layer, 0)
     layer.experts.size = 2
     with pytest.raises(ValueError, match="group: the size 2 that experts were divided for is expected, got 1"): layer(numbers())
+    with pytest.raises(TypeError, match="model: a module is expected, got None"): average_copies_(None, None)
     for f in (expert_parameters, whole_model, sharded_state_dict):
         with pytest.raises(TypeError, match="model: a module is expected, got None"): f(None)
