@@ -264,6 +264,7 @@ def merge_experts(
     Raises ValueError for more experts than there are, TypeError for another layer."""
     need(isinstance(layer, MoE), "layer", "a MoE", layer, TypeError)
     e = layer.experts
+    need(len(e.w_in) == e.num_experts, "layer", f"one with all {e.num_experts} experts in one place", len(e.w_in))
     number = whole(num_experts, "num_experts", 1, e.num_experts)
     usage = _usage(layer, usage).to(e.w_in.device) + 1e-12  # an unused expert still counts where it is alone
     fine = number > 1 or layer.shared is None

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from sharetie.experts import Experts, FeedForward
 from sharetie.moe import MoE, SoftMoE, merge_experts, upcycle
 from sharetie.routing import Balanced, ExpertChoice, Hash, TopK, drop_overflow, load_balancing_loss, plan_rows, statistics, update_biases_
+from sharetie.saving import load_model, save_model
 
 DIM, HIDDEN, EXPERTS = 16, 24, 6
 ROUTERS = ["topk", "noisy", "balanced", "expert choice"]
@@ -243,6 +244,17 @@ def test_kept_weights_are_unchanged_by_dropping():
     assert torch.allclose(y, kept.expand_as(y), atol=1e-6)
 
 
+@pytest.mark.parametrize("router", ["topk", "noisy", "balanced"])
+def test_every_slot_is_kept_or_counted_as_left_out(router):
+    layer, x, mask = make(router=router, capacity_factor=1.), tokens() + 1, torch.arange(50) % 7 != 2
+    x[[11, 20]] = torch.nan
+    layer(x, mask)
+    found = statistics(layer.routing)
+    assert sum(found["tokens"]) + found["dropped"] + 2 * (found["padding"] + found["not finite"]) == 100
+    assert found["dropped"] > 0 and found["not finite"] == 2 and found["padding"] == 7
+    assert max(found["tokens"]) <= 17  # room for 50 * 2 / 6
+
+
 # Determinism
 
 @executions
@@ -368,6 +380,17 @@ def test_state_dict():
     assert torch.equal(layer(tokens()), other(tokens()))
     assert set(layer.state_dict()) == {"router.gate.weight", "router.bias", "experts.w_in", "experts.w_out"}
     with pytest.raises(RuntimeError, match=r"\[6, 48, 16\].*\[5, 48, 16\]"): make(num_experts=5).load_state_dict(make().state_dict())
+
+
+def test_a_file_of_another_number_of_experts(tmp_path):
+    save_model(make(), tmp_path / "six.safetensors")
+    other = make(num_experts=5, seed=2)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"shape \(5, 16\) is expected, got \(6, 16\)"): load_model(other, tmp_path / "six.safetensors")
+    assert all(torch.equal(before[name], p) for name, p in other.state_dict().items())
+    same_size = make(seed=2)
+    load_model(same_size, tmp_path / "six.safetensors")
+    assert torch.equal(same_size(tokens()), make()(tokens()))
 
 
 @routers

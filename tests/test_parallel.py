@@ -1,0 +1,410 @@
+"Experts divided over two processes against one process: values, gradients, training, files, and bad input."
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from processes import in_two_processes
+from sharetie.moe import MoE, merge_experts
+from sharetie.parallel import (ParallelExperts, average_copies_, clip_gradients_, data_parallel, expert_parameters, parallel_experts_, sharded_state_dict, totals,
+                               whole_model)
+from sharetie.routing import Balanced, Hash, NoisyTopK, TopK, importance_loss, load_balancing_loss, load_loss, router_z_loss, statistics, update_biases_
+from sharetie.saving import load_model, save_model
+
+DIM, HIDDEN, EXPERTS, TOKENS = 8, 12, 6, 40
+EVEN = (20, 20)
+CASES = {  # what is not as usual: options of the layer, "split" of the tokens, "mask", "dtype", "skew", "ids"
+    **{f"top {k}": {"top_k": k} for k in range(1, EXPERTS + 1)},
+    **{router: {"router": router} for router in ("balanced", "noisy", "expert choice")},
+    "hash": {"ids": True}, "shared experts": {"shared_experts": 2}, "bias": {"bias": True, "expert": "gelu"},
+    "uneven": {"split": (37, 3)}, "first rank without tokens": {"split": (0, 40)}, "second rank without tokens": {"split": (40, 0)},
+    "no tokens": {"split": (0, 0)}, "one token": {"split": (1, 0), "top_k": 1}, "second rank without rows": {"skew": True, "bias": True},
+    "mask": {"mask": True, "split": (25, 15)}, "capacity": {"capacity_factor": 1., "split": (25, 15)},
+    "capacity by weight, mask": {"capacity_factor": 1.25, "drop": "weight", "mask": True, "bias": True},
+    "segments": {"execution": "segments", "dtype": torch.float32}, "grouped": {"execution": "grouped", "dtype": torch.float32, "split": (30, 10)},
+    "grouped, capacity": {"execution": "grouped", "dtype": torch.float32, "capacity_factor": 1.}}
+cases = pytest.mark.parametrize("name", CASES)
+
+
+def numbers(n=TOKENS, dtype=torch.float64, seed=0):
+    return torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def make(seed=1, **options):
+    torch.manual_seed(seed)
+    options = {"num_experts": EXPERTS, "top_k": 2, "dtype": torch.float64} | options
+    return MoE(DIM, HIDDEN, **options)
+
+
+def case(name):
+    "A layer, and what each rank gets."
+    options = dict(CASES[name])
+    split, mask, skew, ids = (options.pop(key, usual) for key, usual in {"split": EVEN, "mask": False, "skew": False, "ids": False}.items())
+    if ids: options["router"] = Hash(DIM, EXPERTS, 2, vocabulary=TOKENS)
+    layer = make(**options).eval()
+    x, n = numbers(dtype=options.get("dtype", torch.float64)), sum(split)
+    if skew:
+        x = x.abs()
+        with torch.no_grad(): layer.router.gate.weight[3:] = -9
+    given = {"mask": (torch.arange(n) % 4 != 1).split(split) if mask else [None] * 2, "ids": torch.arange(n).split(split) if ids else [None] * 2}
+    return layer, x[:n].split(split), [{key: value[rank] for key, value in given.items()} for rank in range(2)]
+
+
+def step(layer, x, given):
+    "Outputs and gradients for a loss that weighs everything differently, as arrays."
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    y = layer(x, **given)
+    (y * torch.linspace(-1, 1, DIM, dtype=y.dtype) * (x.detach() + 2)).sum().backward()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()}
+    return {key: value.detach().clone().numpy() for key, value in {"y": y, "x": x.grad, **grads}.items()}
+
+
+def all_cases():
+    "Every case on this rank: gradients in sum, and for one case averaged."
+    rank, found = dist.get_rank(), {}
+    for name in CASES:
+        layer, parts, given = case(name)
+        parallel_experts_(layer, average=False)
+        found[name] = step(layer, parts[rank], given[rank])
+        again = step(layer, parts[rank], given[rank])
+        assert all((found[name][key] == again[key]).all() for key in again), name  # the same bits
+        def recomputed(x, **given): return checkpoint(layer, x, use_reentrant=False, **given)
+        recomputed.zero_grad, recomputed.named_parameters = layer.zero_grad, layer.named_parameters
+        again = step(recomputed, parts[rank], given[rank])
+        assert all((found[name][key] == again[key]).all() for key in again), name
+    layer, parts, given = case("uneven")
+    parallel_experts_(layer)
+    return found, step(layer, parts[rank], given[rank])
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory): return in_two_processes(all_cases, tmp_path_factory.mktemp("cases"))
+
+
+def joined(a, b):
+    "Rows and experts of one rank after those of the other, and the sum of what both have."
+    return {key: np.concatenate([a[key], b[key]]) if key in ("y", "x") or key.startswith("experts") else a[key] + b[key] for key in a}
+
+
+def assert_close(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for key in found: np.testing.assert_allclose(found[key], expected[key], err_msg=key, **tolerance)
+
+
+@cases
+def test_outputs_and_gradients_are_those_of_one_process(on_two, name):
+    layer, parts, given = case(name)
+    alone = [step(layer, *each) for each in zip(parts, given)]
+    expected = {key: np.concatenate([a[key] for a in alone]) if key in ("y", "x") else sum(a[key] for a in alone) for key in alone[0]}
+    tolerance = {"rtol": 1e-9, "atol": 1e-12} if layer.experts.w_in.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    assert_close(joined(*(rank[0][name] for rank in on_two)), expected, **tolerance)
+    if name.startswith("top") and parts[0].shape == parts[1].shape:  # and of one batch
+        assert_close(step(layer, torch.cat(parts), {}), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_averaged_gradients_of_experts_are_half_the_sum_and_others_are_the_same(on_two):
+    for cases, averaged in on_two:
+        for key, value in averaged.items():
+            np.testing.assert_allclose(value, cases["uneven"][key] / (2 if key.startswith("experts") else 1), rtol=1e-9)
+
+
+def test_with_one_rank_without_rows_its_experts_have_gradient_zero(on_two):
+    assert all((value == 0).all() for key, value in on_two[1][0]["second rank without rows"].items() if key.startswith("experts"))
+
+
+# Half precision and NaN
+
+def odd_input():
+    "Under autocast, in half precision, and with a token that is not a number."
+    rank, found = dist.get_rank(), {}
+    layer, x = make(dtype=torch.float32), numbers(dtype=torch.float32).split(EVEN)[rank]
+    parallel_experts_(layer, average=False)
+    with torch.autocast("cpu", torch.bfloat16): found["autocast"] = step_of(layer, x)
+    found["half"] = step_of(copy.deepcopy(layer).bfloat16(), x.bfloat16())
+    if rank: x[3, 2] = torch.nan
+    found["nan"] = layer(x).detach().numpy(), statistics(layer.routing), totals(layer.routing).statistics()
+    try: layer(x.double())
+    except TypeError as error: found["error"] = str(error)
+    return found
+
+
+def step_of(layer, x):
+    "Output and the gradient of the experts' first matrices."
+    layer.zero_grad()
+    y = layer(x)
+    y.float().square().sum().backward()
+    return y.dtype == torch.bfloat16, y.detach().float().numpy(), layer.experts.w_in.grad.float().numpy()
+
+
+def test_half_precision_and_what_is_not_a_number(tmp_path):
+    first, second = in_two_processes(odd_input, tmp_path)
+    layer, x = make(dtype=torch.float32), numbers(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16): expected = {"autocast": step_of(layer, x)}
+    expected["half"] = step_of(copy.deepcopy(layer).bfloat16(), x.bfloat16())
+    for way, (low, y, grad) in expected.items():
+        assert low and first[way][0] and second[way][0]
+        np.testing.assert_allclose(np.concatenate([first[way][1], second[way][1]]), y, atol=2e-2)
+        np.testing.assert_allclose(np.concatenate([first[way][2], second[way][2]]), grad, atol=.1, rtol=.1)
+    x[23, 2] = torch.nan
+    y = layer(x).detach().numpy()
+    np.testing.assert_allclose(np.concatenate([first["nan"][0], second["nan"][0]]), y, atol=1e-6)
+    assert np.isnan(y).any(1).nonzero()[0].tolist() == [23]
+    assert first["nan"][1]["not finite"] == 0 and second["nan"][1]["not finite"] == 1
+    assert first["nan"][2] == second["nan"][2] and first["nan"][2]["tokens"] == statistics(layer.routing)["tokens"]
+    assert first["nan"][2]["not finite"] == 1
+    assert first["error"] == "x: tokens of torch.float32, as the experts are, is expected, got torch.float64"
+
+
+# With the rest of a model
+
+class Net(nn.Module):
+    "Two layers with residuals between linear maps."
+    def __init__(self, router="balanced"):
+        super().__init__()
+        torch.manual_seed(4)
+        self.first, self.last = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.layers = nn.ModuleList(MoE(DIM, HIDDEN, 4, 2, router=router, shared_experts=1) for _ in range(2))
+
+    def forward(self, x):
+        h = self.first(x)
+        for layer in self.layers: h = h + layer(h)
+        return self.last(h)
+
+
+def train(model, layers, x, y, steps=4, copies=None):
+    "Some steps with a loss for balance, a norm that clips, and a bias that balances; the norms."
+    optimizer, norms = torch.optim.SGD(model.parameters(), .3), []
+    for _ in range(steps):
+        loss = (model(x) - y).square().mean()
+        loss = loss + .1 * sum(totals(layer.routing).load_balancing_loss() + totals(layer.routing).router_z_loss() for layer in layers)
+        optimizer.zero_grad()
+        loss.backward()
+        if copies is not None: average_copies_(model, copies)
+        norms.append(clip_gradients_(model, .2).item())
+        optimizer.step()
+        update_biases_(model)
+    return norms
+
+
+def data(): return numbers(dtype=torch.float32), numbers(dtype=torch.float32, seed=1)
+
+
+def with_the_rest(wrap):
+    "The state of one process's model after training in two."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    rank, (x, y), net, copies = dist.get_rank(), data(), Net(), None
+    if rank and wrap == "DDP": nn.init.zeros_(net.first.weight)  # DDP takes that of rank 0
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "experts"))
+    if wrap == "copies": copies = mesh["copies"]
+    parallel_experts_(net, mesh["experts"] if wrap == "copies" else None)
+    if wrap == "FSDP2": model = fully_shard(net, ignored_params={*expert_parameters(net).values()})
+    else: model = data_parallel(net)
+    norms = train(model, net.layers, x[rank::2], y[rank::2], copies=copies)
+    if wrap != "FSDP2": state = whole_model(net).state_dict()
+    else: state = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in sharded_state_dict(net).items()}
+    return {name: p.numpy() for name, p in state.items()}, norms
+
+
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2", "copies"])
+def test_a_model_trains_on_two_processes_as_on_one(tmp_path, wrap):
+    net, (x, y) = Net(), data()
+    norms = train(net, net.layers, x, y)
+    assert norms[0] > .2  # it clips
+    for state, found in in_two_processes(with_the_rest, tmp_path, wrap):
+        np.testing.assert_allclose(found, norms, rtol=1e-4)
+        assert_close(state, {name: p.numpy() for name, p in net.state_dict().items()}, rtol=1e-3, atol=1e-5)
+
+
+# Sums over ranks
+
+LOSSES = {"load_balancing_loss": load_balancing_loss, "importance_loss": importance_loss, "router_z_loss": router_z_loss, "load_loss": load_loss}
+
+
+def routed(router, x, mask):
+    torch.manual_seed(0)
+    made = {"topk": TopK, "noisy": NoisyTopK, "balanced": Balanced}[router](DIM, EXPERTS, 2, dtype=torch.float64)
+    if router == "noisy": made.eval()
+    return made, made(x, mask)
+
+
+def batch(nan):
+    "Tokens and which of them count; one is not finite, if asked for."
+    x, mask = numbers(), torch.arange(TOKENS) % 5 != 0
+    if nan: x[6, 0] = torch.nan
+    return x, mask
+
+
+def sums(router, nan):
+    "Losses, their gradients and the statistics of a rank's part."
+    x, mask = batch(nan)
+    part = slice(0, 27) if dist.get_rank() == 0 else slice(27, None)
+    made, routing = routed(router, x[part], mask[part])
+    total, found = totals(routing), {}
+    for name in [*LOSSES][:3]:
+        loss = getattr(total, name)()
+        found[name] = loss.item(), torch.autograd.grad(loss, made.gate.weight, retain_graph=True)[0].numpy()
+    return found, total.statistics()
+
+
+def same_statistics(a, b):
+    return a.keys() == b.keys() and a["tokens"] == b["tokens"] and all(a[key] == pytest.approx(b[key]) for key in a if key != "tokens")
+
+
+@pytest.mark.parametrize("router, nan", [("topk", False), ("topk", True), ("balanced", False), ("noisy", False)])
+def test_totals_are_those_of_the_whole_batch(tmp_path, router, nan):
+    made, routing = routed(router, *batch(nan))
+    found = in_two_processes(sums, tmp_path, router, nan)
+    for name in [*LOSSES][:3]:
+        expected = LOSSES[name](routing)
+        assert [rank[0][name][0] for rank in found] == pytest.approx([expected.item()] * 2)
+        if nan: continue
+        grad = torch.autograd.grad(expected, made.gate.weight, retain_graph=True)[0].numpy()
+        np.testing.assert_allclose(sum(rank[0][name][1] for rank in found) / 2, grad, rtol=1e-7, atol=1e-10)  # as DDP averages
+    for _, statistic in found: assert same_statistics(statistic, statistics(routing)) and statistic["not finite"] == nan
+
+
+def test_totals_without_other_processes():
+    torch.manual_seed(0)
+    router = NoisyTopK(DIM, EXPERTS, 2, dtype=torch.float64)
+    routing = router(numbers())
+    total = totals(routing)
+    for name, loss in LOSSES.items(): assert getattr(total, name)().item() == pytest.approx(loss(routing).item())
+    assert same_statistics(total.statistics(), statistics(routing))
+    hashed = totals(Hash(DIM, EXPERTS, 2, vocabulary=9)(numbers(9), ids=torch.arange(9)))
+    assert "token entropy" not in hashed.statistics()
+    for name, what in {"load_balancing_loss": "probabilities", "router_z_loss": "logits", "load_loss": "an expected load"}.items():
+        with pytest.raises(ValueError, match=f"routing: one with {what}"): getattr(hashed, name)()
+    with pytest.raises(TypeError, match="routing: a Routing, such as the attribute of a MoE after a batch, is expected, got None"): totals(None)
+
+
+# Files
+
+def other_net(): return nn.Sequential(nn.Linear(DIM, DIM), MoE(DIM, HIDDEN, 4, 2, shared_experts=1, bias=True))
+
+
+def files(folder):
+    "Load what one process saved, and save."
+    torch.manual_seed(dist.get_rank() + 7)
+    for way in ("file", "parts", "state"):
+        net = other_net()
+        if way == "file": load_model(net, folder / "one.safetensors")
+        parallel_experts_(net)
+        if way == "parts": dcp.load(sharded_state_dict(net), checkpoint_id=str(folder / "one"))
+        if way == "state": net.load_state_dict(torch.load(folder / "one.pt"))
+        whole = whole_model(net)
+        assert torch.equal(whole(numbers(dtype=torch.float32)), torch.load(folder / "y.pt")), way
+        assert not any(isinstance(part, ParallelExperts) for part in whole.modules()) and net[1].experts.w_in.shape[0] == 2
+    own = net.state_dict()  # a rank's own part, as it is
+    net.load_state_dict(own)
+    with torch.no_grad():
+        for p in expert_parameters(net).values(): p.mul_(2)
+    whole = whole_model(net)
+    if dist.get_rank() == 0: save_model(whole, folder / "two.safetensors")
+    dcp.save(sharded_state_dict(net), checkpoint_id=str(folder / "two"))
+    return whole(numbers(dtype=torch.float32)).detach().numpy()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_saved_by_one_loaded_by_two_and_back(tmp_path):
+    net = other_net()
+    torch.save(net(numbers(dtype=torch.float32)).detach(), tmp_path / "y.pt")
+    save_model(net, tmp_path / "one.safetensors")
+    torch.save(net.state_dict(), tmp_path / "one.pt")
+    dcp.save(net.state_dict(), checkpoint_id=str(tmp_path / "one"), no_dist=True)
+    first, second = in_two_processes(files, tmp_path, tmp_path)
+    assert (first == second).all()
+    for way in ("file", "parts"):
+        net = other_net()
+        if way == "file": load_model(net, tmp_path / "two.safetensors")
+        else: dcp.load(net.state_dict(), checkpoint_id=str(tmp_path / "two"), no_dist=True)
+        np.testing.assert_allclose(net(numbers(dtype=torch.float32)).detach().numpy(), first, rtol=1e-5, atol=1e-6)
+
+
+def test_copies_and_pickles(one_process):
+    layer, x = make(), numbers()
+    y = layer(x)
+    parallel_experts_(layer, dist.group.WORLD)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), whole_model(layer)):
+        assert torch.equal(other(x), layer(x)) and torch.allclose(other(x), y)
+        assert other.experts.w_in is not layer.experts.w_in
+    assert copy.deepcopy(layer).experts.group is layer.experts.group
+    frozen = make()
+    frozen.experts.requires_grad_(False)
+    parallel_experts_(frozen)
+    assert not any(p.requires_grad for p in [*expert_parameters(frozen).values(), *whole_model(frozen).experts.parameters()])
+
+
+def test_a_mesh_a_compiled_model_and_no_gradient(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    layer, x = make(), numbers()
+    y = layer(x)
+    parallel_experts_(layer, init_device_mesh("cpu", (1,)))
+    with torch.no_grad(): assert torch.allclose(layer(x), y)
+    compiled = torch.compile(nn.Sequential(nn.Identity(), layer), backend="aot_eager")
+    assert torch.allclose(compiled(x), y)
+    assert "here 0 to 5" in repr(layer)
+
+
+# Bad input
+
+def wrong():
+    "What is refused in each of two processes, with the model as it was."
+    rank, said = dist.get_rank(), []
+    net = nn.Sequential(MoE(DIM, HIDDEN, 4), MoE(DIM, HIDDEN, 5))
+    before = [*net.parameters()]
+    alone = dist.new_group([0])
+    try: parallel_experts_(net)
+    except ValueError as error: said.append(str(error))
+    assert all(p is q for p, q in zip(before, net.parameters(), strict=True))
+    try: parallel_experts_(net[1], alone)  # the first process has all five
+    except ValueError as error: said.append(str(error))
+    net = MoE(DIM, HIDDEN, 4)
+    parallel_experts_(net)
+    try: merge_experts(net)
+    except ValueError as error: said.append(str(error))
+    for number in (6, 2):  # of which two are a rank's part
+        try: net.load_state_dict(MoE(DIM, HIDDEN, number, 1).state_dict())
+        except (ValueError, RuntimeError) as error: said.append(str(error))
+    return said
+
+
+def test_a_group_or_a_state_that_does_not_fit(tmp_path):
+    first, second = in_two_processes(wrong, tmp_path)
+    assert first[0] == second[0] == "group: a size that divides num_experts = 5 is expected, got 2"
+    assert second[1] == "group: one that has the process of rank 1 is expected, got -100"
+    assert first[1] == second[2] == "layer: one with all 4 experts in one place is expected, got 2"
+    assert first[2] == "experts.w_in: 4 experts (or the 2 of a rank) is expected, got 6"
+    assert "[2, 8]" in first[3] and "[4, 8]" in first[3]  # the router's size
+
+
+def test_bad_input_without_a_group():
+    with pytest.raises(ValueError, match="group: one that was begun by torch.distributed.init_process_group is expected, got None"): parallel_experts_(make())
+
+
+def test_bad_input(one_process):
+    layer = make()
+    with pytest.raises(TypeError, match="model: a module is expected, got 3"): parallel_experts_(3)
+    with pytest.raises(ValueError, match="model: one with a MoE is expected, got Linear"): parallel_experts_(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="group: a process group, a mesh or None is expected, got 'all'"): parallel_experts_(layer, "all")
+    with pytest.raises(TypeError, match="average: True or False is expected, got 1"): parallel_experts_(layer, average=1)
+    with pytest.raises(ValueError, match="model: one that is not wrapped yet is expected, got DistributedDataParallel"): parallel_experts_(nn.parallel.DistributedDataParallel(make()))
+    shared = nn.Sequential(make(), make())
+    shared[1].experts.w_in = shared[0].experts.w_in
+    with pytest.raises(ValueError, match=r"model: one whose layers share no experts is expected, got \['0', '1'\]"): parallel_experts_(shared)
+    parallel_experts_(layer)
+    with pytest.raises(ValueError, match="model: one whose experts are whole is expected"): parallel_experts_(layer)
+    with pytest.raises(ValueError, match=r"x: tokens of width 8 is expected, got \(40, 7\)"): layer(numbers()[:, :7])
+    with pytest.raises(ValueError, match="max_norm: a finite number above 0 is expected, got 0"): clip_gradients_(layer, 0)
+    layer.experts.size = 2
+    with pytest.raises(ValueError, match="group: the size 2 that experts were divided for is expected, got 1"): layer(numbers())
+    with pytest.raises(TypeError, match="model: a module is expected, got None"): average_copies_(None, None)
+    for f in (expert_parameters, whole_model, sharded_state_dict):
+        with pytest.raises(TypeError, match="model: a module is expected, got None"): f(None)
