@@ -51,7 +51,6 @@ def _layers(graph, layers):
 # %% ../nbs/40_nodes.ipynb #cdcb9923
 class Probe:
     "A model whose units have gains, on the data that they are judged by."
-
     def __init__(self,
         model: nn.Module,
         data,  # (x, y)
@@ -61,14 +60,14 @@ class Probe:
     ):
         fine = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
         need(fine, "data", "a pair (x, y)", data, TypeError)
-        need(len(data[1]), "data", "at least one example", 0)
+        need(len(data[1]), "data", "at least one example", len(data[1]))
         self.model, (self.x, self.y), self.loss = model, data, function(loss, "loss", ["output", "y"])
         self.graph = trace_units(model, tree_map(lambda t: t[:2], self.x))
         self.layers = _layers(self.graph, layers)
-        units = np.concatenate([self.graph.layers[name] for name in self.layers])
-        self.units = {int(u): k for k, u in enumerate(dict.fromkeys(units.tolist()))}
+        units = dict.fromkeys(int(u) for name in self.layers for u in self.graph.layers[name])
+        self.units = {u: k for k, u in enumerate(units)}
         p = next(p for p in model.parameters() if p.is_floating_point())
-        self.start = torch.ones(len(self.units), dtype=p.dtype, device=p.device)
+        self.start = p.new_ones(len(self.units)).detach()
         for u in chosen_units(self.graph, without or {}): self.start[self.units[u]] = 0
 
     def run(self, gains):

@@ -77,11 +77,12 @@ def _spread(ids, d, shape):
 
 def _along(at):
     "The axis along which numbers vary, and they along it; None where that is not one axis."
+    if not at.numel() or (at == at.flatten()[0]).all(): return None
     for d in range(at.ndim):
         ids = at[tuple(slice(None) if i == d else 0 for i in range(at.ndim))]
         rest = [1] * at.ndim
         rest[d] = -1
-        if len(ids) > 1 and (at == ids.view(rest)).all(): return d, ids.numpy()
+        if (at == ids.view(rest)).all(): return d, ids.numpy()
 
 
 def _moved(t, move, x, outs):
@@ -90,8 +91,9 @@ def _moved(t, move, x, outs):
     for d, ids in enumerate(t.axes(x)):
         if ids is None or not x.numel(): continue
         for axes, at in zip(made, move(_spread(ids, d, x.shape))):
-            found = _along(at) if at.numel() else None
-            if found is None or axes[found[0]] is not None: t.fix(np.unique(at.numpy()))
+            found = _along(at)
+            if len(ids) == 1: t.numbers.fix(ids, "being the only one")
+            elif found is None or axes[found[0]] is not None: t.fix(np.unique(at.numpy()))
             else: axes[found[0]] = found[1]
     return made
 
