@@ -85,7 +85,7 @@ def merge_similar_(
         remove_units_(model, {layer: [j for _, j, _ in merges]}, *inputs, optimizer=optimizer)
     return pd.DataFrame(merges, columns=["kept", "gone", "saliency"])
 
-
+# %% ../nbs/40_merging.ipynb #88072914
 def _merges(distance, columns, n):
     "Merge n times the pair of the least saliency, in place of the columns; (kept, gone, saliency) of each."
     merges, alive = [], torch.ones(len(distance), dtype=torch.bool)
@@ -249,7 +249,7 @@ def greedy_map(
         gain[taken] = -math.inf
     return taken
 
-
+# %% ../nbs/40_merging.ipynb #c34c15c8
 def diverse(
     model: nn.Module,
     data,  # (x, y)

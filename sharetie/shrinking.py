@@ -84,9 +84,9 @@ def _masked(tensor, axes):
     "A tensor with zeros at all other indices."
     made = tensor.clone()
     for axis, stay in axes.items():
-        gone = torch.ones(tensor.shape[axis], dtype=torch.bool, device=tensor.device)
-        gone[stay.to(tensor.device)] = False
-        made.index_fill_(axis, gone.nonzero()[:, 0], 0)
+        gone = torch.ones(tensor.shape[axis], dtype=torch.bool)
+        gone[stay] = False
+        made.index_fill_(axis, gone.nonzero()[:, 0].to(tensor.device), 0)
     return made
 
 # %% ../nbs/40_shrinking.ipynb #93cfeb13
@@ -203,6 +203,7 @@ def remove_units_(
         expected = _outputs(model, inputs)
         swap.fill(lambda name, t: _cut(t, cuts[name]))
         for module, name, own in graph.sizes: _resize(swap, module, name, own, chosen)
+        for module in model.modules(): _guess(swap, module, {id(held[name]): axes for name, axes in cuts.items()})
         _check_same(expected, _outputs(model, inputs), exact)
         for module in model.modules():
             for name, value in _sizes(module).items(): swap.size(module, name, value)
@@ -215,3 +216,15 @@ def _resize(swap, module, name, own, chosen):
     "Let a layer remember how many units are left; its `normalized_shape` is a tuple."
     left = int((~np.isin(own, list(chosen))).sum())
     if hasattr(module, name): swap.size(module, name, (left,) if name == "normalized_shape" else left)
+
+# %% ../nbs/40_shrinking.ipynb #5824403e
+def _guess(swap, module, cuts):
+    "Let a layer that is not PyTorch's remember new lengths of its weights under the names that it has for them."
+    if type(module).__module__.startswith("torch.nn."): return
+    for p in [p for p in module._parameters.values() if p is not None and id(p) in cuts]:
+        new = {axis: len(stay) for axis, stay in cuts[id(p)].items()}
+        name = next(n for n, t in swap.held.items() if t is p)
+        old = tuple(swap.data[name][0].shape)
+        for key, value in list(vars(module).items()):
+            axes = [axis for axis, n in enumerate(old) if type(value) is int and n == value]
+            if len(axes) == 1 and axes[0] in new: swap.size(module, key, new[axes[0]])

@@ -354,7 +354,7 @@ def _check_traceable(model, inputs):
     "Raise unless a model can be traced."
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     need(inputs, "inputs", "what one forward pass takes", inputs)
-    scripted = isinstance(model, (torch.jit.ScriptModule, torch._dynamo.OptimizedModule))
+    scripted = isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod")
     need(not scripted, "model", "a module that is neither scripted nor compiled", type(model), TypeError)
     _changeable(model)
     no_views(model, "cutting units")
