@@ -41,7 +41,7 @@ def _reading(model, graph, units):
         if unit in graph.loose: raise ValueError(f"model: units are read by {graph.loose[unit]}, which cannot take over")
     return rows
 
-
+# %% ../nbs/40_merging.ipynb #4559094b
 def _incoming(model, graph, units, readers):
     "All slices of units but those by which they are read, (units, numbers)."
     held, read = places(model), {id(module.weight) for _, module, *_ in readers}
@@ -154,7 +154,7 @@ def prune_units_(
     with _Weights([module for _, module, *_ in readers], new): remove_units_(model, units, inputs, optimizer=optimizer)
     return lost
 
-
+# %% ../nbs/40_merging.ipynb #3bb21280
 def _taught(module, seen, at, out):
     "A reader's weight that does without some units, and the part of their squared outputs that is lost."
     at = torch.from_numpy(at).to(seen.device)
@@ -222,7 +222,7 @@ def sample_kdpp(
         basis = torch.linalg.qr(rest[:, [c for c in range(rest.shape[1]) if c != j]])[0]
     return sorted(drawn)
 
-
+# %% ../nbs/40_merging.ipynb #673d1211
 def _elementary(values, k):
     "Elementary symmetric polynomials e_j of the first n values, (k + 1, len(values) + 1)."
     poly = torch.zeros(k + 1, len(values) + 1, dtype=torch.float64)

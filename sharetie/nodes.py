@@ -121,7 +121,7 @@ def _taylor(order, model, data, loss, layers, without):
             for k in range(len(gains)): bend[k] = torch.autograd.grad(slope[k], gains, retain_graph=True)[0][k]
     return probe.scores(bend / 2 - slope)
 
-
+# %% ../nbs/40_nodes.ipynb #5d9fec2e
 def taylor1(model: nn.Module, data, loss: Callable, layers=None, without=None) -> dict[str, Tensor]:
     """How much the loss would rise without each unit, were it linear in the unit's gain.
 
@@ -178,7 +178,7 @@ def _unit_sizes(probe):
             total.index_add_(0, at[some], values[some].to(total))
     return read / count, (size / count).sqrt()
 
-
+# %% ../nbs/40_nodes.ipynb #e4e96be7
 def onorm(model: nn.Module, data, loss=None, layers=None, without=None, scaled: bool = True) -> dict[str, Tensor]:
     """The mean size of the weights that read a unit, times the size of what they read if `scaled`.
 
@@ -217,7 +217,7 @@ def least(
     if scope == "layer": return {name: _lowest({name: v}, int(part * len(v)))[name] for name, v in scores.items()}
     return _lowest(scores, int(part * sum(map(len, scores.values()))))
 
-
+# %% ../nbs/40_nodes.ipynb #8ff7ed73
 def _lowest(scores, n):
     "The n lowest of all scores, but for the highest of each layer."
     rows = [(float(v), name, i) for name, values in scores.items() for i, v in enumerate(values)

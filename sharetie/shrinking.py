@@ -51,7 +51,7 @@ def chosen_units(
             chosen.add(int(own[i]))
     return chosen
 
-
+# %% ../nbs/40_shrinking.ipynb #6c145c69
 def _check_free(graph, argument, i, unit, exact):
     "Raise where a unit cannot be removed."
     why, mean = graph.fixed.get(unit), graph.mixed.get(unit)
@@ -143,7 +143,7 @@ def _outputs(model, inputs):
                          f"{type(error).__name__}: {error}") from error
     finally: hook.remove()
 
-
+# %% ../nbs/40_shrinking.ipynb #60d932cc
 def _check_same(expected, got, exact):
     "Raise unless outputs have the same shapes, and the same values but for rounding."
     a, b = ([tuple(v.shape) for v in outs] for outs in (expected, got))
@@ -211,7 +211,7 @@ def remove_units_(
     for state, key, t, axes in states: state[key] = _cut(t, axes)
     return graph.where(chosen)
 
-
+# %% ../nbs/40_shrinking.ipynb #e1df9442
 def _resize(swap, module, name, own, chosen):
     "Let a layer remember how many units are left; its `normalized_shape` is a tuple."
     left = int((~np.isin(own, list(chosen))).sum())

@@ -108,7 +108,7 @@ def _product(t, a, out):
     axes = batch + xs[len(batch):-1] + ws[max(1, w.ndim - 1):]
     return axes if len(list(_tensors(a))) == 2 else _plus(t, axes, a["self"], out)
 
-
+# %% ../nbs/40_tracing.ipynb #fa782fcc
 def _plus(t, axes, bias, out):
     "The axes of a result to which a bias is added."
     own, n = t.axes(bias), out.ndim - bias.ndim
@@ -241,16 +241,12 @@ _RULES |= {name.format(f"{n}d"): _spatial(n) for name in _SPATIAL for n in (1, 2
 _RULES |= {f"upsample_{kind}2d": _spatial(2) for kind in ("bilinear", "bicubic")}
 
 # %% ../nbs/40_tracing.ipynb #ea9ff33d
-class Tracer(TorchDispatchMode):
-    "Follows the numbers of indices through all operations of a forward pass."
-
-    def __init__(self,
-        held: Mapping[str, Tensor],  # stored tensors, whose indices get numbers
-    ):
-        super().__init__()
-        self.numbers, self.known, self.alive = Numbers(), {}, []
+class _Notes:
+    "Which numbers the axes of tensors carry, and where in the model we are."
+    def begin(self, held):
+        self.numbers, self.known, self.alive, self.now = Numbers(), {}, [], ""
         self.sizes, self.reads, self.outputs, self.read_in, self.stack = [], [], {}, {}, []
-        for name, tensor in held.items():
+        for tensor in held.values():
             if id(tensor) not in self.known: self.put(tensor, [self.numbers.new(n) for n in tensor.shape])
 
     def axes(self, tensor) -> list:  # a row of numbers, or None, for each axis
@@ -270,10 +266,20 @@ class Tracer(TorchDispatchMode):
 
     def fix(self, ids): self.numbers.fix(ids, self.why)
 
-    def mix(self, ids): self.numbers.mixed.append((ids, self.why)) if ids is not None else None
+    def mix(self, ids):
+        if ids is not None: self.numbers.mixed.append((ids, self.why))
 
     def loose(self, ids):
         if ids is not None and not isinstance(self.module, _READERS): self.reads.append((ids, self.why))
+
+# %% ../nbs/40_tracing.ipynb #714dc5e6
+class Tracer(_Notes, TorchDispatchMode):
+    "Follows the numbers of indices through all operations of a forward pass."
+    def __init__(self,
+        held: Mapping[str, Tensor],  # stored tensors, whose indices get numbers
+    ):
+        super().__init__()
+        self.begin(held)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, self.now = func(*args, **(kwargs or {})), func._schema.name.removeprefix("aten::")
@@ -294,7 +300,7 @@ class Tracer(TorchDispatchMode):
             for ids in [ids for v in given for ids in self.axes(v)]: self.fix(ids)
         for out, axes in zip(outs, made): self.put(out, axes)
 
-
+# %% ../nbs/40_tracing.ipynb #da051a84
 _READERS = nn.Linear, nn.modules.conv._ConvNd
 
 
@@ -349,7 +355,7 @@ def trace_units(
         for ids in tracer.axes(v) if isinstance(v, Tensor) else (): tracer.numbers.fix(ids, "the model puts them out")
     return _graph(model, held, tracer)
 
-
+# %% ../nbs/40_tracing.ipynb #fb551852
 def _check_traceable(model, inputs):
     "Raise unless a model can be traced."
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
@@ -359,7 +365,7 @@ def _check_traceable(model, inputs):
     _changeable(model)
     no_views(model, "cutting units")
 
-# %% ../nbs/40_tracing.ipynb #fb551852
+# %% ../nbs/40_tracing.ipynb #6197a493
 class plain_forward:
     "A context for forward passes that leave no trace: evaluation, no gradient, no fused transformer kernels."
     def __init__(self, model): self.model = model
@@ -376,7 +382,7 @@ class plain_forward:
         torch.backends.mha.set_fastpath_enabled(self.fast)
         for context in reversed(self.contexts): context.__exit__(None, None, None)
 
-
+# %% ../nbs/40_tracing.ipynb #21c9e069
 class _Watch:
     "Tells a tracer which module is at work, what layers put out and what they read."
     def __init__(self, model, tracer):
