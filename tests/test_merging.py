@@ -1,0 +1,258 @@
+"Merging: exact for copies and where the rest spans the outputs; draws against enumeration; refusals."
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sharetie.merging import diverse, greedy_map, merge_similar_, prune_units_, sample_kdpp, similarity_kernel
+from sharetie.nodes import brute_force, least
+from sharetie.results import set_seed
+from sharetie.shrinking import remove_units_
+from sharetie.ties import Transpose, load_model, save_model, tie_
+
+
+def mlp(act=nn.ReLU): return nn.Sequential(nn.Linear(4, 6), act(), nn.Linear(6, 5), act(), nn.Linear(5, 3)).double()
+
+
+class Conv(nn.Module):
+    "Channels behind a norm, read by two layers, one behind a flattening."
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(1, 5, 3, padding=1), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 3, padding=1)
+        self.c, self.d = nn.Linear(5 * 16, 3), nn.Linear(2 * 16, 3)
+    def forward(self, x):
+        x = self.norm(self.a(x)).sigmoid()
+        return self.c(x.flatten(1)) + self.d(self.b(x).flatten(1))
+
+
+def conv():
+    set_seed(0)
+    model, x = Conv().double(), torch.randn(8, 1, 4, 4).double()
+    for _ in range(3): model.train()(x + 1)
+    return model.eval(), x
+
+
+def widened():
+    "Channels 3 and 4 say what 0 and 1 do, with reading weights of their own."
+    model, x = conv()
+    with torch.no_grad():
+        for t in (model.a.weight, model.a.bias, model.norm.weight, model.norm.bias, model.norm.running_mean, model.norm.running_var):
+            t[3:] = t[:2]
+    return model, x
+
+
+def test_copies_are_merged_exactly_without_data():
+    model, x = widened()
+    expected = model(x)
+    table = merge_similar_(model, "a", 2, x)
+    torch.testing.assert_close(model(x), expected)
+    assert {frozenset(p) for p in table[["kept", "gone"]].values.tolist()} == {frozenset({0, 3}), frozenset({1, 4})}
+    assert table["saliency"].max() < 1e-20 and model.norm.num_features == 3 and model.c.in_features == 48
+
+
+@pytest.mark.parametrize("factor", [.2, 3.])
+def test_multiples_before_relu(factor):
+    set_seed(1)
+    model, x = mlp(), torch.randn(9, 4).double()
+    with torch.no_grad():
+        for t in (model[0].weight, model[0].bias): t[5] = factor * t[2]
+    expected, other = model(x), copy.deepcopy(model)
+    table = merge_similar_(model, "0", 1, x, scaled=True)
+    torch.testing.assert_close(model(x), expected)
+    assert {*table[["kept", "gone"]].values[0]} == {2, 5}
+    merge_similar_(other, "0", 1, x)
+    assert (other(x) - expected).abs().max() > 1e-6
+
+
+def test_saliency_by_hand():
+    "The first merge is the least of all pairs; the second sees the new columns."
+    set_seed(2)
+    model, x = mlp(nn.Tanh), torch.randn(2, 4).double()
+    w, a = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach(), model[2].weight.detach().clone()
+    alive, rows = {*range(6)}, []
+    for _ in range(3):
+        costs = {(i, j): ((w[i] - w[j]) ** 2).sum().item() * (a[:, j] ** 2).mean().item() for i, j in itertools.permutations(alive, 2)}
+        i, j = min(costs, key=costs.get)
+        rows.append((i, j, costs[i, j]))
+        a[:, i] += a[:, j]
+        alive.remove(j)
+    table = merge_similar_(model, "0", 3, x)
+    np.testing.assert_allclose(table.values, rows)
+    torch.testing.assert_close(model[2].weight.detach(), a[:, sorted(alive)])
+
+
+@pytest.mark.parametrize("go", [[1], [0, 4], [1, 3, 4]])
+def test_least_squares_against_numpy(go):
+    set_seed(3)
+    model, x = mlp(nn.Tanh), torch.randn(40, 4).double()
+    keep = [k for k in range(6) if k not in go]
+    v, w = model[1](model[0](x)).detach().numpy(), model[2].weight.detach().numpy().copy()
+    b = np.linalg.lstsq(v[:, keep], v[:, go], rcond=None)[0]
+    lost = prune_units_(model, {"0": go}, x)
+    np.testing.assert_allclose(model[2].weight.detach(), w[:, keep] + w[:, go] @ b.T, atol=1e-8)
+    np.testing.assert_allclose(lost["2"], np.sum((v[:, keep] @ b - v[:, go]) ** 2) / np.sum(v[:, go] ** 2), rtol=1e-6)
+
+
+def test_nothing_is_lost_where_the_rest_spans_the_outputs():
+    model, x = widened()
+    expected = model(x)
+    lost = prune_units_(model, {"a": [3, 1]}, x)
+    assert set(lost) == {"b", "c"} and max(lost.values()) < 1e-12
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    deep = nn.Sequential(nn.Linear(3, 7, bias=False), nn.Linear(7, 2)).double()
+    x = torch.randn(20, 3).double()
+    expected = deep(x)
+    assert prune_units_(deep, {"0": [0, 2, 4, 6]}, x)["1"] < 1e-12  # 3 are left, and the rank is 3
+    torch.testing.assert_close(deep(x), expected)
+
+
+def test_merging_never_loses_more_than_dropping():
+    "In what the reader gets, squared, over the data that it learned from."
+    for seed in range(4):
+        set_seed(seed)
+        model, x = mlp(), torch.randn(30, 4).double()
+        got, results = model[2](model[1](model[0](x))), {}
+        go = torch.randperm(6)[:3].tolist()
+        for merge in (False, True):
+            small = copy.deepcopy(model)
+            prune_units_(small, {"0": go}, x, merge=merge)
+            results[merge] = (small[:3](x) - got).square().sum().item()
+        assert results[True] < results[False]
+
+
+def test_every_choice_can_be_merged():
+    model, x = conv()
+    data = x, torch.randn(8, 3).double()
+    for units in (least(brute_force(model, data, F.mse_loss), .4), diverse(model, data, .4),
+                  diverse(model, data, .4, generator=torch.Generator().manual_seed(0))):
+        small = copy.deepcopy(model)
+        lost = prune_units_(small, units, x)
+        assert small(x).shape == (8, 3) and len(units["a"]) == 2 and all(0 <= v <= 1 + 1e-9 for v in lost.values())
+
+
+def kernels():
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 5, generator=draw).double()
+    return {"full": a @ a.T, "scaled": 1e6 * a @ a.T, "rank 3": a[:, :3] @ a[:, :3].T, "diagonal": torch.diag(torch.tensor([1., 2, 3, 4, 5])),
+            "similar": similarity_kernel(torch.randn(20, 5, generator=draw), beta=.02)}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("name", kernels())
+def test_draws_against_enumeration(name, k):
+    "Marginals of 1,500 draws, within five standard errors of those of all sets."
+    L, n = kernels()[name], 1500
+    sets = list(itertools.combinations(range(5), k))
+    p = torch.stack([torch.linalg.det(L[list(s)][:, list(s)].double()) for s in sets]).clamp(min=0)
+    p = p / p.sum()
+    exact = torch.zeros(5, dtype=p.dtype)
+    for s, q in zip(sets, p): exact[list(s)] += q
+    generator, found = torch.Generator().manual_seed(1), torch.zeros(5, dtype=p.dtype)
+    for _ in range(n):
+        drawn = sample_kdpp(L, k, generator)
+        assert len(drawn) == len(set(drawn)) == k
+        found[drawn] += 1 / n
+    assert ((found - exact).abs() <= 5 * (exact * (1 - exact) / n).sqrt() + 1e-9).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_greedy_map_takes_the_best_next_unit(k):
+    L = kernels()["full"]
+    taken = []
+    for _ in range(k):
+        gains = {i: torch.linalg.det(L[taken + [i]][:, taken + [i]]).item() for i in range(5) if i not in taken}
+        taken.append(max(gains, key=gains.get))
+    assert greedy_map(L, k) == taken
+
+
+def test_kernel_by_hand():
+    v = torch.tensor([[0., 1, 0], [2, 0, 2]])
+    L = similarity_kernel(v, beta=.5, eps=.1)
+    near = math.exp(-.5 * 5)
+    torch.testing.assert_close(L, torch.tensor([[1.1, near, 1], [near, 1.1, near], [1, near, 1.1]], dtype=torch.float64))
+    assert similarity_kernel(v)[0, 1].item() == pytest.approx(math.exp(-5 * 5))
+
+
+def test_copies_are_not_kept_together():
+    model, x = widened()
+    for generator in (None, torch.Generator().manual_seed(0)):
+        keep = {*range(5)} - {*diverse(model, (x, torch.zeros(8, 3).double()), .4, ["a"], beta=1., generator=generator)["a"]}
+        assert len(keep & {0, 3}) == len(keep & {1, 4}) == 1
+
+
+def tied(kind):
+    set_seed(0)
+    if kind == "transposed":
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+        tie_(model, ["0.weight", "2.weight"], map=Transpose())
+        return model, "0", torch.randn(9, 4)
+    if kind == "shared":
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        model[4].weight = model[2].weight
+        return model, "0", torch.randn(9, 4)
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(nn.Linear(4, 4), layer, nn.ReLU(), layer, nn.ReLU(), nn.Linear(4, 2)), "0", torch.randn(9, 4)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "shared", "reused"])
+def test_tied_readers_refuse_to_merge_and_can_be_removed(kind):
+    model, layer, x = tied(kind)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    for call in (lambda: prune_units_(model, {layer: [1]}, x), lambda: merge_similar_(model, layer, 1, x[:2])):
+        with pytest.raises(ValueError, match="model: "): call()
+        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    prune_units_(model, {layer: [1]}, x, merge=False)
+    assert model(x).isfinite().all()
+
+
+def test_a_failure_after_teaching_takes_all_back():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+        def forward(self, x): return self.b(self.a(x).view(len(x), 6))
+    model, x = Written(), torch.randn(9, 4)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    for call in (lambda: prune_units_(model, {"a": [1]}, x), lambda: merge_similar_(model, "a", 1, x)):
+        with pytest.raises(ValueError, match="cannot do without them"): call()
+        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_optimizer_files_and_parameters_follow(tmp_path):
+    set_seed(0)
+    model, x = mlp().float(), torch.randn(9, 4)
+    before, optimizer = list(model.parameters()), torch.optim.Adam(model.parameters())
+    model(x).square().sum().backward()
+    optimizer.step()
+    prune_units_(model, {"0": [1, 2], "2": [0]}, x, optimizer=optimizer)
+    merge_similar_(model, "0", 1, x, optimizer=optimizer)
+    assert all(a is b for a, b in zip(before, model.parameters()))
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in model.parameters())
+    save_model(model, tmp_path / "m.safetensors")
+    fresh = mlp().float()
+    remove_units_(fresh, {"0": [0, 1, 2], "2": [0]}, x)
+    load_model(fresh, tmp_path / "m.safetensors")
+    torch.testing.assert_close(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("call, error, message", [
+    (lambda m, x: merge_similar_(m, "0", 6, x), ValueError, "from 0 to 5"), (lambda m, x: merge_similar_(m, "1", 1, x), ValueError, "layer: one of"),
+    (lambda m, x: merge_similar_(m, "4", 1, x), ValueError, "cannot be removed"), (lambda m, x: merge_similar_(m, "0", 1), ValueError, "inputs"),
+    (lambda m, x: prune_units_(m, {"0": range(6)}, x), ValueError, "at least one of 6 units left"), (lambda m, x: prune_units_(m, {"9": [1]}, x), ValueError, "units: one of"),
+    (lambda m, x: diverse(m, (x, x), 2.), ValueError, "part"), (lambda m, x: diverse(m, x, .5), TypeError, "data: a pair"),
+    (lambda m, x: sample_kdpp(torch.eye(3), 4), ValueError, "from 1 to 3"), (lambda m, x: sample_kdpp(torch.eye(3), 0), ValueError, "from 1 to 3"),
+    (lambda m, x: sample_kdpp(torch.ones(3, 3), 2), ValueError, "of rank 2 or more"), (lambda m, x: greedy_map(-torch.eye(3), 1), ValueError, "positive semidefinite"),
+    (lambda m, x: greedy_map(torch.ones(2, 3), 1), ValueError, "symmetric"), (lambda m, x: greedy_map(torch.tensor([[1., math.nan], [math.nan, 1.]]), 1), ValueError, "NaN"),
+    (lambda m, x: similarity_kernel(torch.ones(3)), ValueError, "2 axes"), (lambda m, x: similarity_kernel(torch.ones(3, 2), beta=0), ValueError, "beta"),
+    (lambda m, x: similarity_kernel(torch.tensor([[1., math.nan]])), ValueError, "NaN")])
+def test_bad_input(call, error, message):
+    set_seed(0)
+    model, x = mlp(), torch.randn(5, 4).double()
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(error, match=message): call(model, x)
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())

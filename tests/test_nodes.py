@@ -1,0 +1,225 @@
+"Scores of units: brute force against zeros in weights, Taylor terms against differences, planted units, choices."
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sharetie.nodes import Probe, activity, brute_force, by_size, least, onorm, prunable, removal_curve, taylor1, taylor2
+from sharetie.results import set_seed
+from sharetie.shrinking import remove_units_
+from sharetie.ties import Transpose, tie_
+from sharetie.tracing import trace_units
+
+CRITERIA = {"brute_force": brute_force, "taylor1": taylor1, "taylor2": taylor2, "onorm": onorm, "activity": activity}
+
+
+class Residual(nn.Module):
+    "One set of units read in three places, one behind a flattening."
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.inner = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, padding=1)
+        self.outer, self.last, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 3, padding=1), nn.Linear(2 * 9, 3)
+    def forward(self, x):
+        x = self.norm(self.stem(x)).sigmoid()
+        x = x + self.outer(self.inner(x).tanh())
+        return self.head(F.avg_pool2d(self.last(x).sigmoid(), 2).flatten(1))
+
+
+def mlp(): return nn.Sequential(nn.Linear(6, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.Softplus(), nn.Linear(4, 3))
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6))
+    tie_(model, ["0.weight", "2.weight"], map=Transpose())
+    return model
+
+
+MODELS = {"mlp": (mlp, (6,), "0"), "residual": (Residual, (1, 6, 6), "stem"), "flattened": (Residual, (1, 6, 6), "last"),
+          "tied": (tied, (6,), "0")}
+
+
+def setting(name, seed=0):
+    set_seed(seed)
+    make, shape, layer = MODELS[name]
+    model, x = make().double(), torch.randn(7, *shape).double()
+    return model.eval(), (x, torch.randn_like(model(x))), layer
+
+
+def scaled(model, layer, k, gain):
+    "The model with what reads unit k times a gain, by weights alone; a tied one by hand."
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        if hasattr(made, "stem"):
+            for read, own in ((made.inner, "stem"), (made.last, "stem"), (made.head, "last")):
+                if own == layer: read.weight.view(len(read.weight), -1, 9 if read is made.head or read.kernel_size[0] == 3 else 1)[:, k] *= gain
+        elif len(made) == 5: made[2].weight[:, k] *= gain
+        else: made[1] = nn.Sequential(made[1], Times(k, gain))
+    return made
+
+
+class Times(nn.Module):
+    def __init__(self, k, gain):
+        super().__init__()
+        self.k, self.gain = k, gain
+    def forward(self, x): return torch.cat([x[:, :self.k], x[:, self.k:self.k + 1] * self.gain, x[:, self.k + 1:]], 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_brute_force_and_taylor_against_weights(name):
+    model, (x, y), layer = setting(name)
+    def loss(gain, k):
+        with torch.no_grad(): return F.mse_loss(scaled(model, layer, k, gain)(x), y).item()
+    found = {c: CRITERIA[c](model, (x, y), F.mse_loss, layer)[layer] for c in ("brute_force", "taylor1", "taylor2")}
+    h = 1e-3
+    for k in range(len(found["taylor1"])):
+        slope = (loss(1 + h, k) - loss(1 - h, k)) / (2 * h)
+        bend = (loss(1 + h, k) - 2 * loss(1, k) + loss(1 - h, k)) / h**2
+        np.testing.assert_allclose(found["brute_force"][k], loss(0, k) - loss(1, k), atol=1e-10)
+        np.testing.assert_allclose(found["taylor1"][k], -slope, atol=1e-5)
+        np.testing.assert_allclose(found["taylor2"][k], bend / 2 - slope, atol=1e-5)
+
+
+def test_scores_of_coupled_layers_are_one():
+    model, data, _ = setting("residual")
+    assert prunable(trace_units(model, data[0])) == ["stem", "inner", "last"]
+    scores = brute_force(model, data, F.mse_loss, ["stem", "outer", "norm"])
+    assert torch.equal(scores["stem"], scores["outer"]) and torch.equal(scores["stem"], scores["norm"])
+
+
+@pytest.mark.parametrize("c", CRITERIA)
+@pytest.mark.parametrize("name", MODELS)
+def test_nothing_is_left_behind(name, c):
+    model, data, layer = setting(name)
+    model.train()
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    scores = CRITERIA[c](model, data, F.mse_loss, layer)
+    assert scores[layer].isfinite().all() and not scores[layer].requires_grad and scores[layer].dtype == torch.float64
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items()) and model.training
+    assert all(p.grad is None for p in model.parameters()) and not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("c", CRITERIA)
+def test_units_that_are_gone(c):
+    "They score infinity, the others as if they had been removed."
+    model, data, _ = setting("mlp")
+    scores = CRITERIA[c](model, data, F.mse_loss, None, {"0": [1], "2": [3]})
+    assert scores["0"][1] == scores["2"][3] == math.inf
+    remove_units_(model, {"0": [1], "2": [3]}, data[0])
+    if c == "onorm": return  # the mean over readers is over fewer of them
+    again = CRITERIA[c](model, data, F.mse_loss)
+    torch.testing.assert_close(scores["0"][[0, 2, 3, 4]], again["0"])
+    torch.testing.assert_close(scores["2"][:3], again["2"])
+
+
+def test_onorm_by_hand():
+    model, data, _ = setting("mlp")
+    plain = onorm(model, data, scaled=False)
+    torch.testing.assert_close(plain["0"], model[2].weight.detach().abs().mean(0))
+    size = model[1](model[0](data[0])).square().mean(0).sqrt().detach()
+    torch.testing.assert_close(onorm(model, data)["0"], plain["0"] * size)
+    torch.testing.assert_close(activity(model, data)["0"], size)
+
+
+@pytest.mark.parametrize("factor", [.1, 7.])
+def test_rescaling_a_relu_unit_changes_no_score(factor):
+    set_seed(0)
+    model, data = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2)).double(), (torch.randn(5, 1, 6, 6).double(), torch.randn(5, 2).double())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight[1] *= factor
+        other[0].bias[1] *= factor
+        other[3].weight[:, 16:32] /= factor
+    for c in (brute_force, taylor1, taylor2, onorm):
+        torch.testing.assert_close(c(model, data, F.mse_loss)["0"], c(other, data, F.mse_loss)["0"])
+
+
+def test_dead_units_come_first():
+    set_seed(0)
+    model, data = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 2)), (torch.randn(20, 3), torch.randn(20, 2))
+    with torch.no_grad():
+        model[2].weight[:, 4] = 0
+        model[0].bias[2] = -1e4
+    for c in (by_size(brute_force), by_size(taylor1), by_size(taylor2), onorm):
+        assert set(least(c(model, data, F.mse_loss), 1 / 3)["0"]) == {2, 4}
+
+
+@pytest.mark.parametrize("part", [0, .3, .5, 1.])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_least_against_sorting(part, scope):
+    draw = torch.Generator().manual_seed(1)
+    scores = {"a": torch.rand(7, generator=draw), "b": torch.rand(5, generator=draw), "c": torch.rand(1, generator=draw)}
+    gone = least(scores, part, scope)
+    assert all(len(units) < len(scores[name]) for name, units in gone.items())
+    rest = {name: [v for i, v in enumerate(scores[name].tolist()) if i not in units] for name, units in gone.items()}
+    went = {name: scores[name][units].tolist() for name, units in gone.items()}
+    if scope == "layer":
+        for name in scores:
+            assert len(went[name]) == min(int(part * len(scores[name])), len(scores[name]) - 1)
+            assert not went[name] or max(went[name]) <= min(rest[name])
+    elif part < .5: assert max(sum(went.values(), [0.])) <= min(v for values in rest.values() for v in values if len(values) > 1)
+
+
+def test_removal_curve_against_plain_loops():
+    model, (x, y), _ = setting("mlp")
+    curve = removal_curve(model, (x, y), F.mse_loss, brute_force)
+    left, gone, losses = {"0": {*range(5)}, "2": {*range(4)}}, [], []
+
+    def loss(units):
+        made = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, k in units: made[int(name) + 2].weight[:, k] = 0
+            return F.mse_loss(made(x), y).item()
+
+    while any(len(own) > 1 for own in left.values()):
+        costs = {(name, k): loss([*gone, (name, k)]) for name, own in left.items() if len(own) > 1 for k in own}
+        best = min(costs, key=costs.get)
+        gone.append(best)
+        left[best[0]].remove(best[1])
+        losses.append(costs[best])
+    assert [*zip(curve["layer"], curve["unit"])][1:] == gone
+    np.testing.assert_allclose(curve["loss"], [loss([]), *losses], atol=1e-10)
+    once = removal_curve(model, (x, y), F.mse_loss, brute_force, again=False)
+    scores = brute_force(model, (x, y), F.mse_loss)
+    first = [scores[name][k].item() for name, k in zip(once["layer"][1:4], once["unit"][1:4])]
+    assert first == sorted(first) and len(once) == 8
+
+
+@pytest.mark.parametrize("change, error, message", [
+    ({"data": torch.ones(3)}, TypeError, "data: a pair"), ({"data": (torch.ones(0, 6), torch.ones(0, 3))}, ValueError, "at least one example"),
+    ({"loss": 3}, TypeError, "loss"), ({"loss": lambda y: y}, TypeError, "loss: a function of .output, y."),
+    ({"layers": ["00"]}, ValueError, "'00'; did you mean"), ({"layers": []}, ValueError, "at least one name"),
+    ({"layers": ["4"]}, ValueError, "'4' cannot be pruned because of the model puts them out"),
+    ({"without": {"0": [9]}}, ValueError, "from 0 to 4"), ({"model": "x"}, TypeError, "a module")])
+def test_bad_input(change, error, message):
+    model, data, _ = setting("mlp")
+    arguments = {"model": model, "data": data, "loss": F.mse_loss} | change
+    with pytest.raises(error, match=message): brute_force(**arguments)
+
+
+def test_bad_scores():
+    for scores, part, scope, error, message in [
+        ({"a": torch.tensor([math.nan, 1.])}, .5, "layer", ValueError, "1 of 2 that are NaN"), ({}, .5, "layer", TypeError, "scores"),
+        ({"a": torch.ones(2)}, 1.5, "layer", ValueError, "from 0 to 1"), ({"a": torch.ones(2)}, .5, "all", ValueError, "scope"),
+        ({"a": [1., 2.]}, .5, "layer", TypeError, "tensor"), ({"a": torch.ones(0)}, .5, "layer", ValueError, "at least one element")]:
+        with pytest.raises(error, match=message): least(scores, part, scope)
+    with pytest.raises(TypeError, match="criterion"): by_size(3)
+
+
+def test_models_with_nothing_to_prune():
+    with pytest.raises(ValueError, match="a layer whose units can be removed"): brute_force(nn.Linear(3, 2), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss)
+    class Loose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.w = nn.Linear(3, 4), nn.Parameter(torch.ones(4, 2))
+        def forward(self, x): return self.a(x) @ self.w
+    with pytest.raises(ValueError, match="because of mm"): brute_force(Loose(), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss, "a")
+
+
+def test_probe_of_no_gain():
+    model, (x, y), _ = setting("residual")
+    probe = Probe(model, (x, y), F.mse_loss)
+    torch.testing.assert_close(probe.run(probe.start), F.mse_loss(model(x), y))
