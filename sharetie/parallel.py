@@ -74,6 +74,7 @@ def _ranks(group, num_experts):
 # %% ../nbs/32_parallel.ipynb #2c0a185c
 class _Part(Experts):
     "A rank's part of experts: how it is made, loaded and copied."
+    divided = True  # over ranks: the norm of all gradients is not that of this rank's
     def __init__(self, whole, group, average):
         nn.Module.__init__(self)
         for name in ("dim", "hidden", "num_experts", "expert", "execution"):

@@ -100,10 +100,18 @@ def _check_options(run):
         _check_metrics(run.metrics)
         need("loss" not in run.metrics, "metrics", "another name than 'loss', which is taken,", "loss")
     _check_amp(run.amp)
-    if run.clip is not None: real(run.clip, "clip", above=0)
+    _check_clip(run)
     for name in ("patience", "metrics"):
         fine = getattr(run, name) is None or run.valid is not None
         need(fine, name, "None without `valid`", getattr(run, name))
+
+def _check_clip(run):
+    "Raise unless `clip` clips the gradients of this model as a whole."
+    if callable(run.clip): return function(run.clip, "clip", ["model"])
+    if run.clip is None: return
+    real(run.clip, "clip", above=0)
+    divided = [name for name, part in run.model.named_modules() if getattr(part, "divided", False)]
+    if divided: need(False, "clip", f"a function of the model that knows of all ranks' parts of {divided[0]!r}", run.clip)
 
 def _functions(f):
     "One function, several or None as a list."
@@ -218,7 +226,8 @@ def _backward(run, x, y):
     if not _finite(run, objective): raise _where(run, objective)
     if run.clip is not None:
         run.scaler.unscale_(run.optimizer)
-        nn.utils.clip_grad_norm_(run.named.values(), run.clip)
+        if callable(run.clip): run.clip(run.model)
+        else: nn.utils.clip_grad_norm_(run.named.values(), run.clip)
     return objective, torch.stack([term.detach() for term in terms])
 
 def _step(run, x, y):
@@ -289,7 +298,8 @@ def fit(
     device=None,  # where to train; None for where the model is
     amp: torch.dtype | None = None,  # torch.bfloat16 or torch.float16 for mixed precision
     scheduler=None,  # of the learning rate, stepped after each epoch
-    clip: float | None = None,  # largest norm of all gradients together
+    # largest norm of all gradients together, or a function of the model that clips them
+    clip: float | Callable | None = None,
     patience: int | None = None,  # epochs without a lower validation loss before stopping
     checkpoint=None,  # file to resume from, and to save to after each epoch
     penalty: Callable | None = None,  # function of nothing to a scalar, added to the loss

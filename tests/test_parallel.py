@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,7 @@ from sharetie.parallel import (ParallelExperts, average_copies_, clip_gradients_
                                whole_model)
 from sharetie.routing import Balanced, Hash, NoisyTopK, TopK, importance_loss, load_balancing_loss, load_loss, router_z_loss, statistics, update_biases_
 from sharetie.saving import load_model, save_model
+from sharetie.train import fit
 
 DIM, HIDDEN, EXPERTS, TOKENS = 8, 12, 6, 40
 EVEN = (20, 20)
@@ -403,6 +405,14 @@ def test_bad_input(one_process):
     with pytest.raises(ValueError, match="model: one whose experts are whole is expected"): parallel_experts_(layer)
     with pytest.raises(ValueError, match=r"x: tokens of width 8 is expected, got \(40, 7\)"): layer(numbers()[:, :7])
     with pytest.raises(ValueError, match="max_norm: a finite number above 0 is expected, got 0"): clip_gradients_(layer, 0)
+    split = (numbers(8), numbers(8, seed=1))
+    with pytest.raises(ValueError, match="clip: a function of the model that knows of all ranks' parts of 'experts' is expected, got 1.0"):
+        fit(layer, split, F.mse_loss, epochs=1, clip=1.)
+    before = [p.detach().clone() for p in layer.parameters()]
+    rate = torch.optim.SGD(layer.parameters(), lr=1.)
+    fit(layer, split, F.mse_loss, epochs=1, optimizer=rate, clip=lambda model: clip_gradients_(model, .01))
+    moved = sum((p - old).square().sum() for p, old in zip(layer.parameters(), before)).sqrt()
+    torch.testing.assert_close(moved.item(), .01, rtol=1e-3, atol=0)
     layer.experts.size = 2
     with pytest.raises(ValueError, match="group: the size 2 that experts were divided for is expected, got 1"): layer(numbers())
     with pytest.raises(TypeError, match="model: a module is expected, got None"): average_copies_(None, None)
