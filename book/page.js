@@ -57,11 +57,11 @@
   }
 
   // What scrolls in its place can be reached and moved with the keyboard, and has a name.
-  const boxes = [...document.querySelectorAll("article :is(pre, .table-wrap, .formula, .long-formula)")]
+  const boxes = [...document.querySelectorAll("article :is(pre, .table-wrap, .formula, .long-formula, .output-figure)")]
   const label = box => {
     if (box.matches(".formula, .long-formula")) return "Formula"
     const caption = box.closest("figure")?.querySelector(".caption-number")
-    if (box.matches(".table-wrap")) return caption ? caption.textContent : "Table"
+    if (box.matches(".table-wrap, .output-figure")) return caption ? caption.textContent : box.matches(".table-wrap") ? "Table" : "Figure"
     return box.closest(".output") ? "Output" : "Code"
   }
   const reach = () => {
