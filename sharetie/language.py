@@ -6,7 +6,6 @@
 __all__ = ['replace_feedforward_', 'Weights', 'active_weights', 'auxiliary_loss', 'train_language', 'expert_loads']
 
 # %% ../nbs/33_language.ipynb #ee845777
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +16,7 @@ from .attention import Block
 from .errors import need, real, whole
 from .moe import MoE, load_balancing_loss, router_z_loss, update_biases_
 from .scores import _mode
-from .train import fit
-from .transformer import _fitting_length, _next_character, windows
+from .transformer import _fitting_length, train_characters
 
 # %% ../nbs/33_language.ipynb #92cd4738
 def replace_feedforward_(
@@ -82,27 +80,15 @@ def train_language(
     steps: int,  # of Adam
     seed: int = 0,  # of the windows
     balance: float = 0,  # how much of the loss for balance
-    rate: float = 5e-3,  # the highest rate of learning; it rises for 20 steps and falls to 0 as a cosine
-    batch: int = 16,  # windows per step
-    length: int = 32,  # of a window, in characters
+    **options,  # of `train_characters`
 ):  # the History of one epoch
-    """Train a model with mixtures to tell the next character.
+    """Train a model with mixtures to tell the next character, with the biases of its routers.
 
-    Raises TypeError or ValueError as `windows` and `fit` do."""
-    need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
-    steps, rate, balance = whole(steps, "steps", 1), real(rate, "rate", above=0), real(balance, "balance", low=0)
-    optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98), fused=True)
-    def factor(step): return min((step + 1) / 20, (1 + math.cos(math.pi * step / steps)) / 2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-    def after(step):
-        schedule.step()
-        update_biases_(model)
-
-    data = windows(text, steps * batch, length, seed)
+    Raises TypeError or ValueError as `train_characters` does."""
+    balance = real(balance, "balance", low=0)
     penalty = (lambda: auxiliary_loss(model, balance)) if balance else None
-    return fit(model, data, _next_character, optimizer=optimizer, epochs=1, batch_size=batch, clip=1.0,
-               seed=seed, after_step=after, penalty=penalty, progress=False)
+    return train_characters(model, text, steps, seed, penalty=penalty,
+                            after_step=lambda step: update_biases_(model), **options)
 
 # %% ../nbs/33_language.ipynb #52dcdede
 def expert_loads(

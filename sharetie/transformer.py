@@ -12,6 +12,7 @@ __all__ = ['ALPHABET', 'encode', 'decode', 'HelpText', 'help_text', 'CharacterMo
 # %% ../nbs/12_transformer.ipynb #a85a520a
 import hashlib
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -148,6 +149,8 @@ def train_characters(
     rate: float = 5e-3,  # the highest rate of learning; it rises for 20 steps and falls to 0 as a cosine
     batch: int = 16,  # windows per step
     length: int = 32,  # of a window, in characters
+    penalty: Callable | None = None,  # function of nothing to a scalar, added to the loss
+    after_step: Callable | None = None,  # function of the step's number
 ):  # the History of one epoch
     """Train a model to tell the next character.
 
@@ -157,9 +160,10 @@ def train_characters(
     optimizer = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.98), fused=True)
     def factor(step): return min((step + 1) / 20, (1 + math.cos(math.pi * step / steps)) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    after = [lambda step: schedule.step()] + ([] if after_step is None else [after_step])
     data = windows(text, steps * batch, length, seed)
     return fit(model, data, _next_character, optimizer=optimizer, epochs=1, batch_size=batch, clip=1.0,
-               seed=seed, after_step=lambda step: schedule.step(), progress=False)
+               penalty=penalty, after_step=after, seed=seed, progress=False)
 
 # %% ../nbs/12_transformer.ipynb #7e0d640d
 def bits_per_character(
