@@ -6,7 +6,7 @@
 __all__ = ['OwnWeights', 'SparseSharing', 'overlap', 'kept', 'pruned', 'Subnetworks', 'subnetworks', 'draw_overlap', 'InTurn']
 
 # %% ../nbs/22_sparse.ipynb #ed2307ce
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import function, need, one_of, real, tensor, whole
+from .errors import function, match_names, need, one_of, real, tensor, whole
 from .tasks import Multitask, TaskLosses, checked_trunk
 
 # %% ../nbs/22_sparse.ipynb #c0caa1c2
@@ -111,11 +111,16 @@ class SparseSharing(OwnWeights):
         return [*used, self.heads[task]]
 
 # %% ../nbs/22_sparse.ipynb #6a68daba
-def _matrices(trunk):
-    "Names of the parameters with two axes or more."
-    names = [name for name, p in trunk.named_parameters() if p.ndim > 1]
-    need(names, "trunk", "a module with a matrix of weights", trunk)
-    return names
+def _matrices(trunk, names=None):
+    "Names of the parameters with two axes or more, or of those among them that match."
+    found = [name for name, p in trunk.named_parameters() if p.ndim > 1]
+    need(found, "trunk", "a module with a matrix of weights", trunk)
+    if names is None: return found
+    names = [names] if isinstance(names, str) else names
+    need(isinstance(names, (list, tuple)), "names", "a list of names or patterns", names, TypeError)
+    hits = {hit for pattern in names for hit in match_names(found, pattern, "names")}
+    need(hits, "names", "a name or pattern at least", names)
+    return [name for name in found if name in hits]
 
 
 def overlap(
@@ -150,12 +155,13 @@ def pruned(
     trunk: nn.Module,  # after training
     masks: Mapping[str, Tensor],  # of its parameters, bool; all of a parameter that is left out
     n: int,  # entries of matrices to keep, of all matrices together
+    names: Sequence[str] | str | None = None,  # or patterns, of the matrices; None: all
 ) -> dict[str, Tensor]:  # masks of the matrices
     """The masks without their smallest weights.
 
     Raises TypeError or ValueError for masks that do not fit and more entries than there are.
     Source: Frankle and Carbin 2019, with one threshold for all layers."""
-    names, named = _matrices(checked_trunk(trunk)), dict(trunk.named_parameters())
+    names, named = _matrices(checked_trunk(trunk), names), dict(trunk.named_parameters())
     every = _checked_masks(trunk, ["t"], {"t": masks})["t"]
     sizes = torch.cat([named[name].detach().abs()[every[name]] for name in names])
     whole(n, "n", 0, len(sizes))
@@ -191,6 +197,7 @@ def subnetworks(
     score: Callable,  # function of (model, task) to a number on validation data; more is better
     keep: float = .1,  # part of the matrices' entries that the last round keeps
     rounds: int = 10,  # of pruning
+    names: Sequence[str] | str | None = None,  # or patterns, of the matrices to prune; None: all
 ) -> Subnetworks:
     """Prune the trunk for each task on its own, round by round, and score every round.
 
@@ -199,14 +206,14 @@ def subnetworks(
     function(train, "train", ["model", "task"])
     function(score, "score", ["model", "task"])
     keep, rounds = real(keep, "keep", 0, 1), whole(rounds, "rounds", 1)
-    tasks, names = Multitask(deepcopy(dict(heads))).tasks, _matrices(checked_trunk(trunk))
+    tasks, names = Multitask(deepcopy(dict(heads))).tasks, _matrices(checked_trunk(trunk), names)
     n = sum(p.numel() for name, p in trunk.named_parameters() if name in names)
     sizes = [round(n * keep ** (r / rounds)) for r in range(rounds + 1)]
     masks, scores = {task: [] for task in tasks}, {task: [] for task in tasks}
     for task in tasks:
         own = {}
         for size in sizes:
-            own = pruned(trunk if size == n else model.trunk, own, size)
+            own = pruned(trunk if size == n else model.trunk, own, size, names)
             model = SparseSharing(deepcopy(trunk), {task: deepcopy(heads[task])}, {task: own})
             train(model, task)
             scores[task].append(real(score(model, task), f"score of {task!r}"))

@@ -213,6 +213,23 @@ def test_pruned_takes_the_smallest_of_all_matrices():
     assert small["0.weight"].sum() == 5 and small["2.weight"].sum() == 1 and own["0.weight"].sum() == 5
 
 
+def test_only_some_matrices_are_pruned():
+    "Those that are named; the others stay whole for every task."
+    set_seed(0)
+    base, tops = mlp(), heads()
+    masks = pruned(base, {}, 10, "2*")
+    assert list(masks) == ["2.weight"] and masks["2.weight"].sum() == 10
+    search = subnetworks(base, tops, lambda model, task: None, lambda model, task: 0., keep=.25, rounds=2, names=["2.weight"])
+    model = SparseSharing(base, tops, search.best(.25))
+    for task in TASKS:
+        own = model.masks_of(task)
+        assert own["0.weight"].all() and own["2.weight"].sum() == 64 // 4
+    assert search.scores.index.tolist() == [1., .5, .25]
+    with pytest.raises(ValueError, match="names: '3.weight' matches none of 2 names"): pruned(base, {}, 3, "3.weight")
+    with pytest.raises(TypeError, match="names: a list of names or patterns is expected, got 2"): pruned(base, {}, 3, 2)
+    with pytest.raises(ValueError, match="names: a name or pattern at least is expected"): pruned(base, {}, 3, [])
+
+
 def test_search():
     "Sizes, nested masks, the start and the heads untouched, the trainer sees one task from the start each time."
     set_seed(0)
