@@ -29,7 +29,7 @@ from .sharing import _move_mask, _rename
 from .surgery import by_tensor, no_views, sites
 from .views import Transpose
 
-# %% ../nbs/42_factors.ipynb #7c14231d
+# %% ../nbs/42_factors.ipynb #1bd68906
 def matrix_factors(
     weight: Tensor,  # (out, in)
     rank: int,  # from 1 to the smaller side
@@ -38,7 +38,7 @@ def matrix_factors(
     """Two thin matrices whose product is nearest to a matrix, or whose outputs are nearest to its outputs.
 
     Raises TypeError or ValueError for a rank beyond the smaller side, and for numbers that are not finite.
-    Sources: Eckart and Young 1936; Zhang et al. 2016, section 3.1 (without a mean)."""
+    Sources: Eckart and Young 1936; Zhang et al. 2016."""
     tensor(weight, "weight", floating=True, ndim=2, filled=True, finite=True)
     whole(rank, "rank", 1, min(weight.shape))
     wide = weight.double()
@@ -350,23 +350,25 @@ def _use(site, kinds, flipped, grouped):
                          f"by tie_, are expected, got {site.labels[0]!r}, {how}")
     return _Use(site.layer, [label.rpartition(".")[0] for label in site.labels], not plain)
 
-# %% ../nbs/42_factors.ipynb #8d7be6b8
-def _exchange(model, new, labels, ties):
-    "Put new modules in the places of old ones, rename what declared ties name, and declare others; all or nothing."
+# %% ../nbs/42_factors.ipynb #1fa9be05
+def _exchange(model, new, labels, ties, shifts={}):
+    "Put new modules in the places of old ones, rename what declared ties name, declare others, shift biases; all or nothing."
     before = module_paths(model)
-    with _Whole(model):
+    with _Whole(model, shifts):
         for path, module in before:
             if module in new: model.set_submodule(path, new[module].train(module.training))
         for old, made in new.items(): _move_mask(old, made)
         _rename(model, before, labels)
         for names in ties:
             if len(names) > 1: _declare(model, Declared(tuple(names)))
+        for bias, shift in shifts.items(): bias.detach().add_(shift)
 
 
-def _install(model, plans):
-    "Let factors, Parameters by name, stand for weights in all of their uses."
+def _install(model, plans, shifts):
+    "Let factors, Parameters by name, stand for weights in all of their uses; None: a weight stays."
     new, labels, ties = {}, {}, {}
     for weight, factors in plans:
+        if factors is None: continue
         for use in weight.uses:
             row = _kind(use.layer) not in _TABLES and not use.flipped
             new[use.layer] = made = _row(use.layer, factors) if row else _held(use, factors)
@@ -374,7 +376,7 @@ def _install(model, plans):
                 labels[f"{path}.weight"] = None, "parameter", None
                 if row: labels[f"{path}.bias"] = f"{path}.{[*made._modules][-1]}.bias", "parameter", None
                 for name, p in factors.items(): ties.setdefault(id(p), []).append(f"{path}.{name}.weight")
-    _exchange(model, new, labels, ties.values())
+    _exchange(model, new, labels, ties.values(), shifts)
 
 
 def _held(use, factors):
@@ -386,31 +388,45 @@ def _held(use, factors):
     table = nn.Embedding(*up.shape, like.padding_idx, None, 2., like.scale_grad_by_freq, like.sparse, _weight=empty)
     return FactoredTable(_holding(table, up), holder, like)
 
-# %% ../nbs/42_factors.ipynb #fc196d82
-def _moments(model, weights, x):
-    "By weight, the second moments of what its linear layers read, or its convolutions put out; None for tables alone."
+# %% ../nbs/42_factors.ipynb #26728498
+def _watched(model, weights, x):
+    "By weight and layer, the number, sum and second moments of what linear layers read, or convolutions put out."
     tensor(x, "x", filled=True, finite=True)
     sums, hooks = {}, []
-    def watch(index, layer, args, out):
+    def watch(key, layer, args, out):
         d = len(getattr(layer, "kernel_size", ()))
         seen = args[0] if not d else out if layer.bias is None else out - layer.bias.view(-1, *[1] * d)
         rows = seen.detach().movedim(-d - 1, -1).flatten(0, -2).double()
-        sums[index] = sums.get(index, 0) + rows.T @ rows
+        n, total, square = sums.get(key, (0, 0, 0))
+        sums[key] = n + len(rows), total + rows.sum(0), square + rows.T @ rows
     for i, weight in enumerate(weights):
         for use in weight.uses:
             need(not use.flipped, "x", f"None for {weight.name!r}, which is used as its transpose, too,", "examples")
+            key = i, use.layer
             if _kind(use.layer) not in _TABLES:
-                hooks.append(use.layer.register_forward_hook(lambda layer, args, out, i=i: watch(i, layer, args, out)))
+                hooks.append(use.layer.register_forward_hook(lambda layer, args, out, key=key: watch(key, layer, args, out)))
     try:
         with torch.no_grad(), _mode(model, False):
             for part in x.split(256): model(part)
     finally:
         for hook in hooks: hook.remove()
+    return sums
+
+
+def _moments(model, weights, x):
+    "The moments of each weight, None for tables alone, and by weight and layer the means that biases can take over."
+    if x is None: return [None] * len(weights), {}
+    sums = _watched(model, weights, x)
+    biases = [id(site.tensor) for site in sites(model)]
+    means = {key: total / n for key, (n, total, _) in sums.items() if biases.count(id(key[1].bias)) == 1}
+    moments = []
     for i, weight in enumerate(weights):
+        keys = [key for key in sums if key[0] == i]
         tables = all(_kind(use.layer) in _TABLES for use in weight.uses)
-        need(i in sums or tables, "x", f"examples that reach {weight.name!r}", "none")
-        if i in sums: tensor(sums[i], f"what {weight.name!r} sees of x", finite=True)
-    return [sums.get(i) for i in range(len(weights))]
+        need(keys or tables, "x", f"examples that reach {weight.name!r}", "none")
+        own = [sums[key][2] - sums[key][0] * means[key].outer(means[key]) if key in means else sums[key][2] for key in keys]
+        moments.append(tensor(sum(own), f"what {weight.name!r} sees of x", finite=True) if own else None)
+    return moments, means
 
 
 def _outputs(weight, moments):
@@ -424,6 +440,19 @@ def _outputs(weight, moments):
     values, vectors = torch.linalg.eigh(mixed)
     root = vectors * values.clamp(min=0).sqrt()
     return root if conv else w @ root
+
+
+def _shifts(means, plans):
+    "What each bias gets, of the mean that its layer's factors lose."
+    shifts = {}
+    for (i, layer), mean in means.items():
+        weight, factors = plans[i]
+        if factors is None: continue
+        up, down = factors["up"].detach().double().flatten(1), factors["down"].detach().double()
+        if down.ndim > 2: lost = mean - (q := torch.linalg.qr(up)[0]) @ (q.T @ mean)
+        else: lost = (weight.tensor.detach().double() - up @ down) @ mean
+        shifts[layer.bias] = lost.to(layer.bias)
+    return shifts
 
 # %% ../nbs/42_factors.ipynb #36f399a2
 def _spectra(weight, form, outputs):
@@ -466,7 +495,7 @@ def _ranks(weights, form, rank, energy, budget, outputs):
         energy = levels[max(bisect_right(levels, budget, key=total) - 1, 0)]
     return [_at(s, energy) if n < w.tensor.numel() else None for w, s, n in zip(weights, spectra, sizes(energy))]
 
-# %% ../nbs/42_factors.ipynb #fe60da82
+# %% ../nbs/42_factors.ipynb #5789dc15
 _TREATED = {"svd": (*_LINEAR, *_TABLES, *_CONVS), "tucker": _CONVS, "cp": _CONVS}
 
 
@@ -488,11 +517,11 @@ def factorize_(
     need(x is None or form == "svd", "x", "None for a form of convolutions", "examples")
     weights = _weights(model, names, _TREATED[form])
     _changeable(model), no_views(model, "factorize_")
-    moments = [None] * len(weights) if x is None else _moments(model, weights, x)
+    moments, means = _moments(model, weights, x)
     outputs = [_outputs(w.tensor, c) for w, c in zip(weights, moments)]
     ranks = _ranks(weights, form, rank, energy, budget, outputs)
-    plans = [(w, _parameters(w.tensor, _factors(w.tensor.detach(), form, r, y))) for w, r, y in zip(weights, ranks, outputs) if r]
-    _install(model, plans)
+    plans = [(w, r and _parameters(w.tensor, _factors(w.tensor.detach(), form, r, y))) for w, r, y in zip(weights, ranks, outputs)]
+    _install(model, plans, _shifts(means, plans))
     return model
 
 
@@ -520,7 +549,7 @@ def factored_layers(
         table.append((name, tuple(dict.fromkeys(len(w) for w in inner)), stored, layer.weight.numel()))
     return pd.DataFrame(table, columns=["layer", "ranks", "stored", "dense"])
 
-# %% ../nbs/42_factors.ipynb #392b1c97
+# %% ../nbs/42_factors.ipynb #255e6909
 def share_basis_(
     model: nn.Module,
     names: str | Iterable[str],  # of linear layers that read the same width, or patterns
@@ -539,14 +568,13 @@ def share_basis_(
     kinds = {(w.tensor.shape[1], w.tensor.dtype, w.tensor.device) for w in weights}
     need(len(kinds) == 1, "names", "layers that read one width, of one type and device", [w.name for w in weights])
     stack = torch.cat([w.tensor.detach() for w in weights])
-    moments = None
-    if x is not None:
-        seen = [m for m in _moments(model, weights, x) if m is not None]
-        moments = sum(m / m.trace().clamp(min=1e-300) for m in seen) if seen else None
-    outputs = _outputs(stack, moments)
-    whole_, = _ranks([_Weight("basis", stack, [])], "svd", rank, energy, budget, [outputs])
-    need(whole_, "energy", "one that makes the layers smaller", energy)
-    down, up = _parameters(weights[0].tensor, _factors(stack, "svd", whole_, outputs)).values()
+    moments, means = _moments(model, weights, x)
+    seen = [m for m in moments if m is not None]
+    outputs = _outputs(stack, sum(seen) if seen else None)
+    ranks, = _ranks([_Weight("basis", stack, [])], "svd", rank, energy, budget, [outputs])
+    need(ranks, "energy", "one that makes the layers smaller", energy)
+    down, up = _parameters(weights[0].tensor, _factors(stack, "svd", ranks, outputs)).values()
     parts = up.detach().split([len(w.tensor) for w in weights])
-    _install(model, [(w, {"down": down, **_parameters(w.tensor, {"up": u})}) for w, u in zip(weights, parts)])
+    plans = [(w, {"down": down, **_parameters(w.tensor, {"up": u})}) for w, u in zip(weights, parts)]
+    _install(model, plans, _shifts(means, plans))
     return model
