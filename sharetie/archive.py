@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -25,26 +26,27 @@ from .binding import Broken, BrokenTie
 from .checkpoint import CODES, Checkpoint, Entry, _Held, _open_safetensors, check_tensor, file_path, pieces
 from .checkpoint import raw_bytes, write_tensors
 from .codebooks import _lookups, decode_
-from .coding import _number, _read_number, from_gaps, from_stream, to_gaps, to_stream
+from .coding import _cost, _number, _read_number, _skipped, _table, from_gaps, from_stream, to_gaps, to_stream
 from .errors import need, tensor
 from .masks import make_permanent_
+from .quantization import dequantize
 from .saving import _contents
 
 # %% ../nbs/42_archive.ipynb #1b6c1696
-_KINDS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+_KINDS = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8
 
 
 def _bits(values):
-    "Floating point numbers as whole numbers of the same bits."
-    return values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    "Numbers as whole numbers of the same bits."
+    return values.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def _numbers(values):
     "Numbers as bytes of the shortest type that has them exactly, behind a byte that tells it."
     for i, kind in enumerate(_KINDS):
+        if kind != values.dtype and (kind.itemsize >= values.element_size() or not kind.is_floating_point): continue
         short = values.to(kind)
-        fits = kind == values.dtype or kind.itemsize < values.element_size() and torch.equal(_bits(short.to(values.dtype)), _bits(values))
-        if fits: return bytes([i]) + bytes(raw_bytes(short.contiguous()))
+        if torch.equal(_bits(short.to(values.dtype)), _bits(values)): return bytes([i]) + bytes(raw_bytes(short.contiguous()))
 
 
 def _read_numbers(data, dtype):
@@ -62,7 +64,15 @@ def _best(streams): return min(streams, key=len)
 
 def _positions(mask, entropy):
     "Bits and gaps of a mask, with as many bits per gap as make it shortest."
-    return _best(bytes([b]) + _block(to_stream(to_gaps(mask, b), 2**b, entropy)) for b in range(1, 11))
+    skipped = _skipped(mask)
+
+    def size(bits):
+        filler = 2**bits - 1
+        counts = torch.cat([(skipped % filler).bincount(minlength=filler), (skipped // filler).sum()[None]]).numpy()
+        width, table = _table(counts) if entropy else (0, np.ones(len(counts)))
+        return width * len(counts) + _cost(counts, table)
+    bits = min(range(1, 11), key=size)
+    return bytes([bits]) + _block(to_stream(to_gaps(mask, bits), 2**bits, entropy))
 
 
 def _values(values, entropy):
@@ -82,8 +92,7 @@ class Scaled(NamedTuple):
 
     def values(self) -> Tensor:  # (out, …)
         "What the two stand for."
-        rows = self.codes.flatten(1)
-        return (rows * self.scales.repeat_interleave(self.group_size, 1)[:, : rows.shape[1]]).view(self.codes.shape)
+        return dequantize(*self)
 
 
 def _scaled(codes, value, entropy):
@@ -95,13 +104,14 @@ def _scaled(codes, value, entropy):
 
 # %% ../nbs/42_archive.ipynb #d33cc88c
 def to_record(
-    value: Tensor | Scaled,  # floating point
+    value: Tensor | Scaled,  # floating point numbers, or whole ones of one byte
     entropy: bool = True,  # are streams coded by frequency? if not, in whole bits
 ) -> Tensor:  # (m,), uint8
     """A tensor as bytes: all entries or those that are not zero, by rows or columns, as codes or as they are;
-    whatever is shortest. Raises TypeError or ValueError for what is no floating point tensor."""
+    whatever is shortest. Raises TypeError for tensors of other types."""
     scaled = isinstance(value, Scaled)
-    numbers = tensor(value.codes if scaled else value, "value", floating=not scaled).detach().cpu()
+    numbers = tensor(value.codes if scaled else value, "value", floating=False if scaled else None).detach().cpu()
+    need(scaled or numbers.dtype in _KINDS, "value", "a tensor of floating point numbers or bytes", numbers, TypeError)
 
     def content(flat): return _scaled(flat, value, entropy) if scaled else _values(flat, entropy)
     found = [b"\0" + content(numbers.flatten())]
@@ -258,7 +268,7 @@ def _note(path, metadata):
         version, check = note["version"], note.pop("check")
         need(type(version) is int and version > 0, "version", "a number of at least 1", version)
         newer = version > FORMAT
-        matched = {} if newer else {n: re.fullmatch(r"(F16|BF16|F32|F64) ((?:\d+x)*\d+)?", text) for n, text in note["tensors"].items()}
+        matched = {} if newer else {n: re.fullmatch(r"(F16|BF16|F32|F64|I8|U8) ((?:\d+x)*\d+)?", text) for n, text in note["tensors"].items()}
         described = {n: Entry(m[1], tuple(map(int, (m[2] or "").split("x"))) if m[2] else ()) for n, m in matched.items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: what {NOTE!r} says cannot be read ({error})") from error

@@ -20,6 +20,12 @@ from .errors import need, tensor, whole
 def _filler(bits): return 2 ** whole(bits, "bits", 1, 16) - 1
 
 
+def _skipped(mask):
+    "How many entries are skipped before each one that is left."
+    at = mask.flatten().nonzero()[:, 0]
+    return at.diff(prepend=at.new_tensor([-1])) - 1
+
+
 def to_gaps(
     mask: Tensor,  # bool, of any shape; True where something is left
     bits: int,  # per gap, 1 to 16
@@ -29,8 +35,7 @@ def to_gaps(
     Raises TypeError or ValueError for no bool tensor, and for bits out of range. Source: Han et al. 2016, section 2."""
     tensor(mask, "mask")
     need(mask.dtype == torch.bool, "mask", "a tensor of bool", mask, TypeError)
-    filler, at = _filler(bits), mask.flatten().nonzero()[:, 0]
-    skipped = at.diff(prepend=at.new_tensor([-1])) - 1
+    filler, skipped = _filler(bits), _skipped(mask)
     ends = (skipped // filler + 1).cumsum(0)
     gaps = torch.full((int(ends[-1]) if len(ends) else 0,), filler, dtype=torch.int32, device=mask.device)
     gaps[ends - 1] = (skipped % filler).int()
@@ -94,6 +99,7 @@ def _frequencies(counts, width):
 
 def _table(counts):
     "Width and content of the table that makes a stream shortest."
+    if not counts.any(): return 0, np.ones(len(counts))
     tables = {width: _frequencies(counts, width) for width in (0, 8, 16)}
     return min(tables.items(), key=lambda one: len(counts) * one[0] + _cost(counts, one[1]))
 
@@ -125,7 +131,7 @@ def to_stream(
     whole(k, "k", 1, 2**16)
     need(len(counts) <= k, "symbols", f"numbers below {k}", len(counts) - 1)
     counts = np.pad(counts, (0, k - len(counts)))
-    width, table = _table(counts) if entropy and symbols.numel() else (0, np.ones(k))
+    width, table = _table(counts) if entropy else (0, np.ones(k))
     coder = constriction.stream.stack.AnsCoder()
     flat = symbols.detach().cpu().flatten().to(torch.int32).numpy()
     if k > 1 and len(flat): coder.encode_reverse(flat, _model(table))

@@ -18,6 +18,7 @@ from sharetie.codebooks import cluster_
 from sharetie.finding import Transpose, find_ties
 from sharetie.making import tie_
 from sharetie.masks import magnitude, prune_
+from sharetie.quantization import quantize_
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
 
@@ -89,6 +90,17 @@ def test_clustered_models_are_saved_as_what_they_compute(tmp_path):
     load_model(fresh, Archive(tmp_path / "a"))
     assert torch.equal(fresh(torch.arange(5)), model(torch.arange(5)))
     assert os.path.getsize(tmp_path / "a") < 3200 * 4 / 8 + 400
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_models_are_coded_too(tmp_path, bits):
+    set_seed(0)
+    model = quantize_(Words(), bits, 16)
+    save_archive(model, tmp_path / "a")
+    fresh = quantize_(Words(), bits, 16)
+    load_model(fresh, Archive(tmp_path / "a"))
+    assert torch.equal(fresh(torch.arange(5)), model(torch.arange(5)))
+    assert os.path.getsize(tmp_path / "a") < 3200 * bits / 8 + 200 * 4 + 500
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
