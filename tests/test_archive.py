@@ -100,7 +100,7 @@ def test_quantized_models_are_coded_too(tmp_path, bits):
     fresh = quantize_(Words(), bits, 16)
     load_model(fresh, Archive(tmp_path / "a"))
     assert torch.equal(fresh(torch.arange(5)), model(torch.arange(5)))
-    assert os.path.getsize(tmp_path / "a") < 3200 * bits / 8 + 200 * 4 + 500
+    assert os.path.getsize(tmp_path / "a") < 3200 * bits / 8 + 200 * 4 + 800
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
