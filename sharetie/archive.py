@@ -177,8 +177,9 @@ def _form(record, dtype, shape):
     if mask is not None: values = values.new_zeros(turned).masked_scatter_(mask, values)
     values = (values.T.contiguous() if p.order == 2 else values).view(shape)
     if p.kind < 2: return values
-    need(p.group_size > 0 and len(shape) > 1, "record", "groups of a row", [p.group_size, shape])
-    return Scaled(values, numbers.view(shape[0], -(-n // shape[0] // p.group_size)), p.group_size)
+    need(p.group_size > 0, "record", "groups of a row", p.group_size)
+    rows = shape[0] if len(shape) > 1 else 1
+    return Scaled(values, numbers.view(rows, -(-n // rows // p.group_size)), p.group_size)
 
 
 def from_record(
@@ -281,6 +282,7 @@ class Archive(Checkpoint):
 
     Raises OSError for what is not there, ValueError for a file that is damaged, truncated, foreign, or of a later format."""
     def _opened(self):
+        with open(self.path, "rb") as file: self._header = 8 + int.from_bytes(file.read(8), "little")
         stored, read, metadata = _open_safetensors(self.path)
         note, self._described, check = _note(self.path, metadata)
         self._stored = {name: read(name) for name in stored}
@@ -307,8 +309,7 @@ class Archive(Checkpoint):
     def report(self) -> pd.DataFrame:  # a row per stored tensor, one for the header, and one for all
         "Where the bytes of the file are; those of all rows together are the size of the file."
         rows = {name: _spent(self._stored[name], self._described.get(name)) for name in sorted(self._stored)}
-        with open(self.path, "rb") as file: header = 8 + int.from_bytes(file.read(8), "little")
-        rows["header"] = {"type": "", "weights": 0, "positions": 0, "codes": 0, "numbers": 0, "other": header}
+        rows["header"] = {"type": "", "weights": 0, "positions": 0, "codes": 0, "numbers": 0, "other": self._header}
         table = pd.DataFrame.from_dict(rows, orient="index")
         table.loc["all"] = table.sum()
         table.loc["all", "type"] = ""

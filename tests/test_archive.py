@@ -158,11 +158,11 @@ def test_records_of_any_shape(shape, k, q, entropy, seed):
     assert torch.equal(_bits(found), _bits(value))
 
 
-@pytest.mark.parametrize("shape, size", [((6, 10), 10), ((6, 10), 4), ((1, 7), 3), ((4, 3, 3, 3), 27), ((30, 40), 1)])
+@pytest.mark.parametrize("shape, size", [((6, 10), 10), ((6, 10), 4), ((1, 7), 3), ((4, 3, 3, 3), 27), ((30, 40), 1), ((50,), 8)])
 @pytest.mark.parametrize("q", [1., .1])
 def test_whole_numbers_with_scales(tmp_path, shape, size, q):
     set_seed(0)
-    rows, n = shape[0], torch.Size(shape[1:]).numel()
+    rows, n = (shape[0], torch.Size(shape[1:]).numel()) if len(shape) > 1 else (1, shape[0])
     codes = torch.randint(-127, 128, shape).mul(torch.rand(shape) < q).to(torch.int8)
     form = Scaled(codes, torch.rand(rows, -(-n // size)), size)
     each = torch.tensor([[form.scales[i, j // size] * codes.reshape(rows, n)[i, j] for j in range(n)] for i in range(rows)])
