@@ -77,9 +77,15 @@ def _keeper(module):
     return keeper if hasattr(keeper, "before_load") else None
 
 # %% ../nbs/02_making.ipynb #af5423a5
+def _compiled(model):
+    "The model inside of the wrapper of `torch.compile`, which hands on what is set on it; and what it puts before names."
+    return (model._orig_mod, "_orig_mod.") if hasattr(model, "_orig_mod") else (model, "")
+
+
 def _declare(model, new):
     "Remember a tie, joined with those that it has a name, or source and map, in common with."
-    names, rest = list(new.names), []
+    model, prefix = _compiled(model)
+    names, rest = [name.removeprefix(prefix) for name in new.names], []
     for old in model.__dict__.get("_declared_ties", ()):
         alike = old.kind == new.kind and old.map is new.map
         if alike and (old.names[0] == names[0] if new.map else set(old.names) & set(names)):

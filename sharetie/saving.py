@@ -119,6 +119,7 @@ def _fits(plan, name):
     if name in plan.file.hints and entry.shape != shape: return False
     need(entry.shape == shape, name, f"shape {shape}", entry.shape)
     need(plan.cast or entry.code == code, name, f"type {code} (or cast=True)", entry.code)
+    need(target.is_complex() or entry.code not in ("C64", "complex128", "complex32"), name, "real numbers", entry.code)
     return True
 
 # %% ../nbs/02_saving.ipynb #760c8493
@@ -345,7 +346,8 @@ def load_model(
     """Load a model's state, all or nothing; the model's Parameters and ties stay, and every name gets its numbers.
 
     Raises BrokenTie where the model's ties do not hold, the file contradicts itself, or has different numbers for one
-    weight; ValueError where file and model do not fit, or ties would be made inside of a wrapper; OSError for no file."""
+    weight; ValueError where file and model do not fit, or ties would be made inside of a wrapper; OSError for no file.
+    Of a map that is not one of ours the file has the name alone: its arguments are the model's, and are not compared."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
     fine = restore_ties is None or isinstance(restore_ties, bool)

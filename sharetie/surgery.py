@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import function, match_names, need, one_of, whole
 from .finding import _need_shapes, find_ties, module_paths
-from .making import _what, equal_values
+from .making import _changeable, _what, equal_values
 from .sharing import _move_mask, _rename, _unmask_untied
 
 # %% ../nbs/02_surgery.ipynb #02edb971
@@ -97,6 +97,7 @@ def apply_once(
     if to == "modules":
         for module in [*model.modules()]: fn(module)
         return model
+    _changeable(model)
     _need_shapes(model)
     groups = by_tensor(sites(model, buffers=to != "parameters"))
     groups = [group for group in groups if to != "buffers" or not isinstance(group[0].tensor, nn.Parameter)]
@@ -170,6 +171,7 @@ def replace_modules(
     a tie would break, TypeError where `make` returns no module; then the model is as before."""
     one_of(on_conflict, "on_conflict", ("error", "first", "untie"))
     function(make, "make", ["module"])
+    _changeable(model)
     chosen = choose_modules(model, which, "which")
     no_views(model, "replace_modules")
     groups = by_tensor(sites(model, buffers=True))
@@ -381,6 +383,7 @@ def resize_(
     Parameters stay the same objects, gradients are dropped; a function fills matrices, and biases
     get zeros. Raises ValueError for a layer without a rule, lengths that contradict, an optimizer
     that lacks a parameter, and changes nothing then. The mean as a start: Hewitt (2021)."""
+    _changeable(model)
     no_views(model, "resize_")
     _need_shapes(model)
     rules, found = {**_SIZES, **_checked(rules or {})}, sites(model)

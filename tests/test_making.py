@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 from sharetie.finding import Reshape, Scale, Slice, Transpose, find_ties, places
 from sharetie.making import Function, _tie_all, declared_ties, tie_
 from sharetie.sharing import share_module_, untie_
+from sharetie.surgery import apply_once, replace_modules, resize_
 
 PAIR = ["emb.weight", "head.weight"]
 
@@ -689,3 +690,17 @@ def test_row_4_two_wrong_merges_of_an_adapter_and_the_right_one(way):
             tie_(model, PAIR)
         model.get_parameter(declared_ties(model)[0].names[0]).add_(delta)
     assert torch.allclose(model.head.weight, value + delta) and check_ties(model)
+
+
+def test_surgery_refuses_wrapped_models(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    ddp, fsdp = nn.parallel.DistributedDataParallel(Words()), Words()
+    fully_shard(fsdp, mesh=init_device_mesh("cpu", (1,)))
+    for model, prefix in ((ddp, "module."), (fsdp, "")):
+        before = {name: p.tensor for name, p in places(model).items()}
+        for call in (lambda: resize_(model, prefix + "head.weight", 9), lambda: apply_once(model, torch.zeros_like),
+                     lambda: replace_modules(model, prefix + "head", lambda old: nn.Linear(4, 6))):
+            with pytest.raises(ValueError, match="model: one that is not wrapped yet is expected"): call()
+        assert all(places(model)[name].tensor is t for name, t in before.items())
+        apply_once(model, lambda module: None, to="modules")

@@ -1119,7 +1119,7 @@ def test_an_index_of_shards(tmp_path):
         model = tiny(1, tied)
         load_model(model, index)
         assert same(values(model), state)
-    for text, error, message in (("{", ValueError, "no index"), ('{"weight_map": {"a": "../1"}}', ValueError, "files beside"),
+    for text, error, message in (("{", ValueError, "no index"), ("[" * 200_000, ValueError, "no index"), ('{"weight_map": {"a": "../1"}}', ValueError, "files beside"),
                                  ('{"weight_map": {"a": "3"}}', FileNotFoundError, "shard 3 is missing"),
                                  ('{"weight_map": {"a": "1.safetensors"}}', ValueError, "there is no a in 1.safetensors")):
         index.write_text(text)
@@ -1193,3 +1193,35 @@ def test_a_failed_load_leaves_no_watch(tmp_path):
     model["more"] = nn.Linear(2, 2)
     with pytest.raises(ValueError): load_model(model, a_tied_file(tmp_path), restore_ties=True)
     assert not find_ties(model).true and "_one_value" not in model.__dict__ and not model._load_state_dict_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("kind, make", {
+    "torch.sparse_coo": lambda w: w.to_sparse(), "torch.sparse_csr": lambda w: w.to_sparse_csr(),
+    "the meta device": lambda w: w.to("meta"), "torch.qint8": lambda w: torch.quantize_per_tensor(w, .1, 0, torch.qint8),
+    "a nested tensor": lambda w: torch.nested.nested_tensor([w, w])}.items())
+def test_a_torch_file_without_plain_numbers_is_refused_before_anything_changes(tmp_path, kind, make, cast):
+    model, other = tiny(), tiny(1)
+    state = other.state_dict()
+    state["body.weight"] = make(state["body.weight"].clone())
+    torch.save(state, tmp_path / "w.pt")
+    before = values(model)
+    with pytest.raises(ValueError, match=f"body.weight: numbers are expected, got .*{kind}"): load_model(model, tmp_path / "w.pt", cast=cast)
+    assert same(values(model), before)
+
+
+def test_imaginary_parts_are_not_cast_away(tmp_path):
+    model = tiny()
+    state = values(model) | {"body.weight": torch.ones(4, 4, dtype=torch.complex64)}
+    torch.save(state, tmp_path / "w.pt")
+    before = values(model)
+    with pytest.raises(ValueError, match="body.weight: .*real numbers.*C64"): load_model(model, tmp_path / "w.pt", cast=True)
+    assert same(values(model), before)
+
+
+def test_a_compiled_model_is_saved_and_loaded(tmp_path):
+    model, other = (torch.compile(tiny(seed, tied), backend="eager") for seed, tied in ((0, True), (1, False)))
+    save_model(model, tmp_path / "w.safetensors")
+    assert load_model(other, tmp_path / "w.safetensors", restore_ties=True).ties[0].names == ("_orig_mod.embed.weight", "_orig_mod.head.weight")
+    assert same(values(other), values(model)) and declared_ties(other) == declared_ties(model)
