@@ -306,7 +306,8 @@ def _open_torch(path):
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: damaged or truncated ({shown(str(error))})") from error
     tensors, others = {}, []
-    _flatten("", held, tensors, others, path)
+    try: _flatten("", held, tensors, others, path)
+    except RecursionError as error: raise ValueError(f"{path}: containers that do not hold themselves are expected") from error
     derived = {name: found._replace(kind="memory") for name, found in find_derived(tensors).items()}
     entries = {name: Entry(CODES.get(t.dtype, str(t.dtype)[6:]), tuple(t.shape))
                for name, t in tensors.items() if name not in derived}
@@ -332,7 +333,7 @@ def _flatten(name, held, tensors, others, path):
     elif isinstance(held, (dict, list, tuple)):
         for key, item in held.items() if isinstance(held, dict) else enumerate(held):
             _flatten(f"{name}.{key}".lstrip("."), item, tensors, others, path)
-    else: others.append(name)
+    else: others.append(name or type(held).__name__)
 
 # %% ../nbs/02_checkpoint.ipynb #44d03137
 class _Held(NamedTuple):

@@ -228,7 +228,10 @@ def _check_alike(source, place, first, map):
 def _check_members(members, map, trained):
     "Raise unless members are of one kind, alike, and all or none of them trained."
     source, *others = members
-    for place in members: _need_shape(place.name, place.tensor)
+    for place in members:
+        _need_shape(place.name, place.tensor)
+        fine = map is None or not place.tensor.is_inference()
+        need(fine, "members", "tensors that autograd can follow (for a map)", f"{place.name!r}, made in inference mode")
     kinds = {place.name: place.kind for place in members}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"members: Parameters and buffers cannot be tied, got {kinds}")
