@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['taylor', 'curvature_rows', 'obd', 'remember', 'rewind_']
 
-# %% ../nbs/40_criteria.ipynb #b5aec30e
+# %% ../nbs/40_criteria.ipynb #6796a5ec
 import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, hessian, jacrev, vmap
+from torch.func import hessian, jacrev, vmap
 from torch.overrides import TorchFunctionMode
 
-from .errors import function, need, real, tensor, whole
+from .errors import function, need, tensor, whole
+from .groups import functional
 from .masks import _all_weights, _named, _seen, _weights
 from .scores import _check_data, _mode
 
@@ -188,7 +189,7 @@ def _output_curvature(z, y, loss):
     need(bool(fine), "loss", "a mean over examples", f"{loss(z, y):.4g} for examples of {each.mean():.4g} on average")
     return found.reshape(len(z), z[0].numel(), z[0].numel())
 
-# %% ../nbs/40_criteria.ipynb #6af5553a
+# %% ../nbs/40_criteria.ipynb #0730b704
 def curvature_rows(
     model: nn.Module,
     data,  # (x, y), p examples
@@ -204,7 +205,8 @@ def curvature_rows(
     values, vectors = torch.linalg.eigh(_output_curvature(z, y, loss))
     root = values.clamp(min=0).sqrt()[:, :, None] * vectors.mT
     held = {w.places[0].name: w.tensor.detach() for w in weights.values()}
-    def output(held, x): return functional_call(model, held, (x[None],)).flatten()
+    call = functional(model)[0]
+    def output(held, x): return call(held, x[None]).flatten()
     with _mode(model, False), torch.no_grad(): found = vmap(jacrev(output), in_dims=(None, 0))(held, x)
     return torch.cat([root @ j.flatten(2) for j in found.values()], 2)
 
