@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'refit', 'prune_rows', 'Calibration', 'calibrate', 'layerwise_']
 
-# %% ../nbs/40_layerwise.ipynb #717bb958
+# %% ../nbs/40_layerwise.ipynb #87001796
 import contextlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import need, one_of, real, tensor, whole
 from .finding import module_paths, places
-from .masks import Mask, _best, _by_pattern, _part, _read_pattern, _weights, mask_
+from .masks import Mask, _best, _by_pattern, _part, _read_pattern, _seen, _weights, mask_
 from .scores import _check_data, _mode
 
-# %% ../nbs/40_layerwise.ipynb #168eb7f9
+# %% ../nbs/40_layerwise.ipynb #50a17f71
 def refit(
     W: Tensor,  # (r, d)
     H: Tensor,  # (d, d), or (r, d, d) with one for each row
@@ -30,7 +30,7 @@ def refit(
 ) -> Tensor:  # (r, d), zero where the mask is false
     """The values that stay, such that the outputs of a layer change least.
 
-    Raises TypeError or ValueError for matrices that do not fit. Source: Frantar and Alistarh 2022, the end of their recursion."""
+    Raises TypeError or ValueError for matrices that do not fit. Source: Frantar and Alistarh 2022."""
     _check_rows(W, H)
     tensor(mask, "mask", shape=tuple(W.shape))
     need(mask.dtype == torch.bool, "mask", "a tensor of bool", mask, TypeError)
@@ -47,17 +47,18 @@ def _check_rows(W, H):
     "Raise unless W is a matrix and H one of its columns, or several."
     tensor(W, "W", floating=True, ndim=2, filled=True, finite=True)
     tensor(H, "H", floating=True, finite=True)
-    fine = H.shape in ((W.shape[1],) * 2, (len(W), W.shape[1], W.shape[1])) and H.dtype == W.dtype
-    need(fine, "H", f"a tensor of {W.dtype} and shape {(W.shape[1],) * 2}, or one for each row,", (H.dtype, tuple(H.shape)))
+    shape = (W.shape[1],) * 2
+    fine = H.shape in (shape, (len(W), *shape)) and H.dtype == W.dtype
+    need(fine, "H", f"a tensor of {W.dtype} and shape {shape}, or one for each row,", (H.dtype, tuple(H.shape)))
 
 
 def _at_a_time(H, numbers=2 ** 24):
     "For how many rows a matrix each may be in memory."
     return max(1, numbers // H.shape[-1] ** 2)
 
-# %% ../nbs/40_layerwise.ipynb #d8dba605
+# %% ../nbs/40_layerwise.ipynb #80484656
 def _greedy_costs(W, inverse, mask, limit):
-    "The order (r, d) in which each row loses its weights, and what it costs; limit is (n, m) or None."
+    "The order (r, d) in which each row loses its weights, and the costs; uses up the inverse (r, d, d)."
     rows, d = torch.arange(len(W), device=W.device), W.shape[1]
     order, costs = torch.empty_like(W, dtype=torch.long), torch.empty_like(W)
     gone = torch.zeros_like(mask)
@@ -68,7 +69,7 @@ def _greedy_costs(W, inverse, mask, limit):
         column, at = inverse[rows, :, q], inverse[rows, q, q]
         order[:, step], costs[:, step] = q, rises[rows, q].clamp(min=0)
         W = W - (W[rows, q] / at)[:, None] * column
-        inverse = inverse - column[:, :, None] * (column / at[:, None])[:, None]
+        inverse.baddbmm_(column[:, :, None], column[:, None] / at[:, None, None], alpha=-1)
         gone[rows, q] = True
         W[gone] = 0
         inverse[rows, q, q] = 1
@@ -79,15 +80,16 @@ def _full(gone, n, m):
     "Places (r, d) in groups of m neighbours of which n only are left."
     return (gone.view(len(gone), -1, m).sum(2) >= m - n).repeat_interleave(m, 1)
 
-
+# %% ../nbs/40_layerwise.ipynb #1f42701f
 def _greedy(W, H, mask, sparsity, limit):
     "The mask of the exact surgeon, row by row."
     parts = []
     for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H, 2 ** 22)):
-        inverse = torch.linalg.inv(H if H.ndim == 2 else H[rows]).expand(len(rows), *H.shape[-2:])
+        inverse = torch.linalg.inv(H if H.ndim == 2 else H[rows]).expand(len(rows), *H.shape[-2:]).clone()
         parts.append(_greedy_costs(W[rows], inverse, mask[rows], limit))
     order, costs = (torch.cat(part) for part in zip(*parts))
-    if limit is not None: kept = torch.arange(W.shape[1], device=W.device) >= W.shape[1] // limit[1] * (limit[1] - limit[0])
+    d = W.shape[1]
+    if limit is not None: kept = torch.arange(d, device=W.device) >= d // limit[1] * (limit[1] - limit[0])
     else: kept = _best(costs.cummax(1).values.flatten(), W.numel() - round(sparsity * W.numel())).view_as(mask)
     return torch.zeros_like(mask).scatter(1, order, kept.expand_as(mask))
 
@@ -131,7 +133,7 @@ def _columns(W, U, mask, limit, s, e, new, out, D, scale):
             now[:, i] *= out[:, j + i]
             D[:, j + i] = W[:, j + i] - now[:, i]
 
-# %% ../nbs/40_layerwise.ipynb #8226e710
+# %% ../nbs/40_layerwise.ipynb #ccb9b13b
 METHODS = "block", "greedy", "once"
 
 
@@ -141,7 +143,7 @@ def _dampened(H, damp):
     need(bool((mean > 0).all()), "H", "one of inputs that are not all 0", "zeros")
     return H + torch.diag_embed((real(damp, "damp", 0) * mean)[..., None].expand(*H.shape[:-1]))
 
-
+# %% ../nbs/40_layerwise.ipynb #4d506b3d
 @torch.no_grad()
 def prune_rows(
     W: Tensor,  # (r, d)
@@ -151,14 +153,15 @@ def prune_rows(
     method: str = "block",  # "block" (fixed order), "greedy" (exact in each row), "once" (one ranking)
     mask: Tensor | None = None,  # (r, d) bool, false for what is out before
     damp: float = .01,  # part of the mean of H's diagonal that is added to it
-    block: int = 128,  # columns of which one choice is made, for method "block"
+    block: int | None = None,  # columns of which one choice is made, for "block"; None for an eighth, from 4 to 128
 ) -> tuple[Tensor, Tensor]:  # new weights and mask, both (r, d)
     """Take entries out of a matrix, and move the others, such that its outputs change little.
 
     Raises TypeError or ValueError for matrices, sparsities and patterns that do not fit.
     Sources: Dong et al. 2017 ("once"), Frantar and Alistarh 2022 ("greedy") and 2023 ("block")."""
     _check_rows(W, H)
-    one_of(method, "method", METHODS), whole(block, "block", 1)
+    one_of(method, "method", METHODS)
+    block = max(4, min(W.shape[1] // 8, 128)) if block is None else whole(block, "block", 1)
     need((sparsity is None) != (pattern is None), "prune_rows", "one of sparsity and pattern", (sparsity, pattern))
     limit = None if pattern is None else _read_pattern(pattern, {"W": W.shape})
     sparsity = None if sparsity is None else _part(sparsity)
@@ -173,7 +176,7 @@ def prune_rows(
                 _best(rises.flatten(), W.numel() - round(sparsity * W.numel())).view_as(mask))
     return refit(W, H, mask), mask
 
-
+# %% ../nbs/40_layerwise.ipynb #4756077e
 def _all_blocks(W, H, mask, sparsity, limit, block):
     "One factor for all rows, or one for each, some at a time."
     if limit is not None: block = max(1, block // limit[1]) * limit[1]
@@ -184,7 +187,7 @@ def _all_blocks(W, H, mask, sparsity, limit, block):
              for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H))]
     return tuple(torch.cat(part)[..., 0] for part in zip(*parts))
 
-# %% ../nbs/40_layerwise.ipynb #4bf81fbf
+# %% ../nbs/40_layerwise.ipynb #824b688c
 class Calibration(NamedTuple):
     "What pruning a weight needs to know of its uses, per example."
     hessian: Tensor  # (d, d) of the inputs, around their means where biases can move
@@ -198,10 +201,10 @@ class _Layer:
         self.name, self.module = name, module
         kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding
         words = "a weight of linear layers, embeddings and convolutions without groups and with zeros as padding"
-        need(isinstance(module, kinds) and not isinstance(module, nn.modules.lazy.LazyModuleMixin), name, words, type(module))
+        need(isinstance(module, kinds), name, words, type(module))
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             need(module.groups == 1 and module.padding_mode == "zeros", name, words, module)
-        if isinstance(module, nn.Embedding): need(module.max_norm is None, name, "an embedding without max_norm", module)
+        need(getattr(module, "max_norm", None) is None, name, "an embedding without max_norm", module)
         self.square = self.sum = self.counts = None
         self.n = 0
 
@@ -237,7 +240,7 @@ def _padding(module, axis):
     total = module.dilation[axis] * (module.kernel_size[axis] - 1) if module.padding == "same" else 0
     return total // 2, total - total // 2
 
-# %% ../nbs/40_layerwise.ipynb #c067e546
+# %% ../nbs/40_layerwise.ipynb #8a92ca24
 class _Outside(TorchFunctionMode):
     "While it is on, a weight that is used by something other than its layers is refused."
     def __init__(self, name, tensor):
@@ -245,14 +248,11 @@ class _Outside(TorchFunctionMode):
         self.name, self.tensor, self.inside = name, tensor, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if not self.inside and any(a is self.tensor for a in args) and func.__name__ not in ("__get__", "dim", "size"):
-            raise ValueError(f"{self.name}: a weight that layers alone use is expected, the model calls {func.__name__} of it")
-        if not self.inside and func.__name__ == "__get__" and args[0] is self.tensor:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.ndim and out is not self.tensor:
-                raise ValueError(f"{self.name}: a weight that layers alone use is expected, the model takes a view of it")
-            return out
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        used = not self.inside and any(a is self.tensor for a in args)
+        if used and isinstance(out, Tensor) and out is not self.tensor:
+            raise ValueError(f"{self.name}: a weight that layers alone use is expected, the model uses it elsewhere")
+        return out
 
     def enter(self, *_): self.inside += 1
     def leave(self, *_): self.inside -= 1
@@ -269,7 +269,7 @@ def _layers_of(model, weight):
         found.setdefault(id(modules[path]), _Layer(name, modules[path]))
     return list(found.values())
 
-# %% ../nbs/40_layerwise.ipynb #38909516
+# %% ../nbs/40_layerwise.ipynb #bb009595
 @torch.no_grad()
 def calibrate(
     model: nn.Module,
@@ -287,8 +287,8 @@ def calibrate(
     hooks, modes = [], [_Outside(name, weight.tensor) for name, weight in weights.items()]
     for mode, own in zip(modes, layers.values()):
         for layer in own:
-            hooks += [layer.module.register_forward_pre_hook(layer.see), layer.module.register_forward_pre_hook(mode.enter),
-                      layer.module.register_forward_hook(mode.leave)]
+            before, after = layer.module.register_forward_pre_hook, layer.module.register_forward_hook
+            hooks += [before(layer.see), before(mode.enter), after(mode.leave)]
     try:
         with _mode(model, False), contextlib.ExitStack() as stack:
             for mode in modes: stack.enter_context(mode)
@@ -298,7 +298,7 @@ def calibrate(
     shared = _bias_uses(model)
     return {name: _calibration(name, own, len(x), shared) for name, own in layers.items()}
 
-
+# %% ../nbs/40_layerwise.ipynb #b4938a01
 def _check_inputs(x, batch_size):
     tensor(x, "x", filled=True)
     need(x.ndim > 0, "x", "examples along the first axis", x)
@@ -316,12 +316,13 @@ def _bias_uses(model):
 def _calibration(name, layers, p, holders):
     "Sums of all layers of a weight, per example."
     seen = [layer for layer in layers if layer.square is not None]
-    need(seen, name, "a weight whose layers the model calls with inputs, not looked up alone,", [l.name for l in layers])
+    need(seen, name, "a weight that the model multiplies with inputs", "one that it looks up or does not use")
     hessian, groups = sum(layer.square for layer in seen) / p, {}
     for layer in seen:
         bias = layer.module.bias
         own = {id(other.module) for other in seen if other.module.bias is bias}
-        if isinstance(bias, nn.Parameter) and holders.get(id(bias), set()) <= own: groups.setdefault(id(bias), []).append(layer)
+        moves = isinstance(bias, nn.Parameter) and holders.get(id(bias), set()) <= own
+        if moves: groups.setdefault(id(bias), []).append(layer)
     means = []
     for group in groups.values():
         n, total = sum(layer.n for layer in group), sum(layer.sum for layer in group)
@@ -330,7 +331,7 @@ def _calibration(name, layers, p, holders):
     tables = [layer.counts for layer in layers if layer.counts is not None]
     return Calibration(hessian, sum(tables) / p if tables else None, means)
 
-# %% ../nbs/40_layerwise.ipynb #a1e01f70
+# %% ../nbs/40_layerwise.ipynb #c0d65ac1
 @torch.no_grad()
 def layerwise_(
     model: nn.Module,
@@ -341,7 +342,7 @@ def layerwise_(
     method: str = "block",  # as in `prune_rows`
     cascade: bool = True,  # do layers see what the pruned ones before them put out?
     damp: float = .01,  # as in `prune_rows`
-    block: int = 128,  # as in `prune_rows`
+    block: int | None = None,  # as in `prune_rows`
     batch_size: int = 64,  # calibration examples at a time
 ) -> pd.DataFrame:  # a row per stored weight: size, left, error (of its outputs, as a part of their variation)
     """Prune layers such that each puts out what it did, and move what is left to make up for what goes.
@@ -365,7 +366,7 @@ def layerwise_(
         raise
     return pd.DataFrame.from_dict(rows, orient="index", columns=["size", "left", "error"])
 
-
+# %% ../nbs/40_layerwise.ipynb #36626783
 def _sparsities(weights, sparsity):
     "A sparsity for each weight, by first name."
     if not isinstance(sparsity, Mapping): return dict.fromkeys(weights, sparsity)
@@ -374,7 +375,7 @@ def _sparsities(weights, sparsity):
     for name in weights: one_of(name, "weights", given)
     return given
 
-# %% ../nbs/40_layerwise.ipynb #b2d61f45
+# %% ../nbs/40_layerwise.ipynb #162f7d99
 def _check_options(weight, sparsity, pattern, method, damp, block):
     "Raise where `prune_rows` would."
     W = weight.tensor.detach().flatten(1)
@@ -382,7 +383,8 @@ def _check_options(weight, sparsity, pattern, method, damp, block):
     need((sparsity is None) != (pattern is None), "layerwise_", "one of sparsity and pattern", (sparsity, pattern))
     if pattern is not None: _read_pattern(pattern, {weight.name: W.shape})
     else: _part(sparsity)
-    one_of(method, "method", METHODS), real(damp, "damp", 0), whole(block, "block", 1)
+    one_of(method, "method", METHODS), real(damp, "damp", 0)
+    if block is not None: whole(block, "block", 1)
     tensor(W, weight.name, finite=True)
 
 
@@ -401,7 +403,7 @@ def _called(model, weights, x):
 
 def _prune_one(weight, seen, sparsity, pattern, method, damp, block):
     "New values for a weight and its biases; its mask, and a row about it."
-    shape, old = weight.tensor.shape, (weight.tensor if weight.mask is None else weight.mask(weight.tensor)).flatten(1)
+    shape, old = weight.tensor.shape, _seen(weight).flatten(1).clone()
     hessian, known = seen.hessian.to(old.dtype), None if weight.mask is None else weight.mask.mask.flatten(1)
     if seen.counts is not None:
         hessian = hessian + torch.diag_embed(seen.counts[:, None].to(old.dtype).expand(-1, old.shape[1]))
