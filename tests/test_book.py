@@ -23,9 +23,8 @@ import apidoc  # noqa: E402
 import lint  # noqa: E402
 import readme  # noqa: E402
 from blocks import PANDOC, markdown  # noqa: E402
-from outline import digest  # noqa: E402
 from lint import checked, lint_cells, lint_tree  # noqa: E402
-from outline import BookError, Chapter, entries, outline  # noqa: E402
+from outline import BookError, Chapter, digest, entries, outline  # noqa: E402
 from process import local, meant  # noqa: E402
 from refs import Page, number  # noqa: E402
 from tables import mended  # noqa: E402
