@@ -172,8 +172,9 @@ def _(grad, hidden, x, weight, ends, token, slot, row, first, w_in, b_in, w_out,
 
 class _Segments(torch.autograd.Function):
     "The two operators as one function with its derivative."
+    # They are called by name: running this cell again, here or in a reloaded module, frees the old definitions.
     @staticmethod
-    def forward(*inputs): return _forward(*inputs, True)
+    def forward(*inputs): return torch.ops.sharetie.experts(*inputs, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -185,7 +186,8 @@ class _Segments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         hidden, *tensors = ctx.saved_tensors
-        dx, dweight, dw_in, dw_out, db_in, db_out = _backward(grad.contiguous(), hidden, *tensors, ctx.expert)
+        dx, dweight, dw_in, dw_out, db_in, db_out = torch.ops.sharetie.experts_backward(
+            grad.contiguous(), hidden, *tensors, ctx.expert)
         db_in, db_out = (None if b is None else d for b, d in ((tensors[8], db_in), (tensors[10], db_out)))
         return dx, dweight, *[None] * 5, dw_in, db_in, dw_out, db_out, None
 
@@ -267,7 +269,7 @@ class Experts(_Stacked):
             if self._groups(x, len(plan.token)): return _grouped(x, weight, plan, *weights, self.expert)
             arguments = x, weight, *plan, *weights, self.expert
             if torch.is_grad_enabled(): return _Segments.apply(*arguments)[0]
-            return _forward(*arguments, False)[0]
+            return torch.ops.sharetie.experts(*arguments, False)[0]
 
     def _groups(self, x, rows):
         "Are grouped products to be used?"

@@ -6,7 +6,7 @@
 __all__ = ['quantize', 'dequantize', 'pack_int4', 'unpack_int4', 'QuantizedWeight', 'QuantizedLinear', 'QuantizedEmbedding',
            'QuantizedConv', 'quantize_', 'stored_bytes', 'quantized_weights', 'FakeQuantize', 'prepare_', 'convert_']
 
-# %% ../nbs/42_quantization.ipynb #4c8330d7
+# %% ../nbs/42_quantization.ipynb #b82cc6b6
 from collections.abc import Iterable
 
 import torch
@@ -17,13 +17,14 @@ from torch.nn.utils import parametrize
 from .binding import _Whole
 from .embeddings import ScaledEmbedding
 from .errors import need, tensor, whole
-from .factors import _CONVS, _LINEAR, _TABLES, _exchange, _kind, _take_settings, _weights
+from .factors import _exchange, _weights
 from .finding import Place, module_paths, places
 from .making import _bind, _changeable, _unbind
 from .masks import _inner, _redeclare
+from .products import _CONVS, _LINEAR, _TABLES, _kind, _take_settings
 from .surgery import no_views
 
-# %% ../nbs/42_quantization.ipynb #82c1cf7b
+# %% ../nbs/42_quantization.ipynb #c9d11367
 def _rows(weight):
     "A weight as (rows, all that a row reads)."
     return weight.flatten(1) if weight.ndim > 1 else weight[None]
@@ -58,7 +59,7 @@ def _codes(weight, bits, group_size):
     codes = (groups / torch.where(scales > 0, scales, 1)[..., None]).round().clamp(-high, high)
     return codes.flatten(1)[:, :rows.shape[1]].to(torch.int8).view(weight.shape), scales
 
-
+# %% ../nbs/42_quantization.ipynb #76f5e09c
 def dequantize(
     codes: Tensor,  # (out, …), whole numbers
     scales: Tensor,  # (out, groups)
@@ -132,7 +133,7 @@ class QuantizedWeight(nn.Module):
 
     def extra_repr(self): return f"{'×'.join(map(str, self.shape))}, bits={self.bits}, group_size={self.group_size}"
 
-# %% ../nbs/42_quantization.ipynb #24dfc7e6
+# %% ../nbs/42_quantization.ipynb #8e9479c2
 class _Quantized(nn.Module):
     "A layer with a weight of codes and scales, and its bias as it was."
     def __init__(self,
@@ -152,7 +153,7 @@ class _Quantized(nn.Module):
 
     def extra_repr(self): return "transposed" if self.flipped else ""
 
-
+# %% ../nbs/42_quantization.ipynb #21d1574e
 class QuantizedLinear(_Quantized):
     "A linear layer that computes with codes times scales."
     def forward(self, x): return F.linear(x, self.weight, self.bias)
@@ -179,9 +180,10 @@ class QuantizedConv(_Quantized):
         if self.padding_mode != "zeros": x, padding = F.pad(x, self.around, self.padding_mode), 0
         return conv(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
-# %% ../nbs/42_quantization.ipynb #2267b893
+# %% ../nbs/42_quantization.ipynb #dfa8499d
 _TREATED = (*_LINEAR, *_TABLES, *_CONVS)
-_MADE = dict.fromkeys(_LINEAR, QuantizedLinear) | dict.fromkeys(_TABLES, QuantizedEmbedding) | dict.fromkeys(_CONVS, QuantizedConv)
+_MADE = {kind: made for kinds, made in ((_LINEAR, QuantizedLinear), (_TABLES, QuantizedEmbedding), (_CONVS, QuantizedConv))
+         for kind in kinds}
 
 
 @torch.no_grad()
@@ -191,7 +193,7 @@ def quantize_(
     group_size: int | None = None,  # weights of a row that share a scale, at most; None: all of the row
     names: str | Iterable[str] | None = None,  # of layers or their weights, or patterns; None: all that can be
 ) -> nn.Module:  # the model
-    """Let linear layers, embeddings and convolutions compute with codes and scales, in place; a tied weight is stored once.
+    """Let linear layers, embeddings and convolutions compute with codes and scales, in place; tied weights are stored once.
 
     Raises TypeError or ValueError, before anything changes, for bits and group sizes out of range, weights that are not
     finite or used in other ways, and layers of other kinds or with max_norm. Source: Krishnamoorthi 2018."""
@@ -245,7 +247,7 @@ class FakeQuantize(nn.Module):
 
     def extra_repr(self): return f"bits={self.bits}, group_size={self.group_size}"
 
-# %% ../nbs/42_quantization.ipynb #cfbdf055
+# %% ../nbs/42_quantization.ipynb #4faddd3e
 @torch.no_grad()
 def prepare_(
     model: nn.Module,
@@ -276,7 +278,7 @@ def _attach(model, weight, grid):
             names |= {name: _inner(name) for name in (f"{path}.weight" for path in use.paths)}
     _redeclare(model, names, maps)
 
-
+# %% ../nbs/42_quantization.ipynb #47d80ded
 @torch.no_grad()
 def convert_(
     model: nn.Module,

@@ -1,6 +1,8 @@
 "The mixture of experts against the loop that defines it: values, gradients, and what must not change them."
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -613,3 +615,23 @@ def test_experts_alone():
     routing = router(tokens())
     assert torch.allclose(experts(tokens(), routing.weight, plan_rows(routing)), loop(tokens(), routing, experts), atol=1e-6)
     assert experts.w_in.abs().max() <= DIM ** -.5 and experts.w_out.abs().max() <= HIDDEN ** -.5
+
+
+def test_the_operators_may_be_defined_again_while_layers_of_before_go_on(tmp_path):
+    "A second definition, as by a notebook, frees the first: layers must call the operator by name, never hold it."
+    script = tmp_path / "twice.py"
+    script.write_text("""
+import torch
+import sharetie.experts, sharetie.moe
+
+source = open(sharetie.experts.__file__, encoding="utf-8").read()
+again, called = {"__name__": "again", "__package__": "sharetie"}, []
+exec(compile(source, "again", "exec"), again)
+segments = again["_segments"]
+again["_segments"] = lambda ends: called.append(1) or segments(ends)
+layer = sharetie.moe.MoE(16, 8, 4, 2, execution="segments")
+layer(torch.randn(32, 16)).square().sum().backward()
+with torch.no_grad(): layer(torch.randn(32, 16))
+assert len(called) == 3, called
+""")
+    subprocess.run([sys.executable, script], check=True, capture_output=True)
