@@ -261,6 +261,12 @@ def _plain_(model):
     return decode_(model) if _lookups(model) else model
 
 # %% ../nbs/42_archive.ipynb #a8805b20
+def _entry(text):
+    "Type and shape of a tensor from text."
+    code, shape = re.fullmatch(r"(F16|BF16|F32|F64|I8|U8) ((?:\d+x)*\d+|)", text).groups()
+    return Entry(code, tuple(map(int, shape.split("x"))) if shape else ())
+
+
 def _note(path, metadata):
     "What the metadata of a file say of its records: types and shapes by name, and the check."
     if NOTE not in metadata: raise ValueError(f"{path}: a compressed file is expected, this one has no {NOTE!r} in its metadata")
@@ -269,14 +275,38 @@ def _note(path, metadata):
         version, check = note["version"], note.pop("check")
         need(type(version) is int and version > 0, "version", "a number of at least 1", version)
         newer = version > FORMAT
-        matched = {} if newer else {n: re.fullmatch(r"(F16|BF16|F32|F64|I8|U8) ((?:\d+x)*\d+)?", text) for n, text in note["tensors"].items()}
-        described = {n: Entry(m[1], tuple(map(int, (m[2] or "").split("x"))) if m[2] else ()) for n, m in matched.items()}
+        described = {} if newer else {name: _entry(text) for name, text in note["tensors"].items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: what {NOTE!r} says cannot be read ({error})") from error
-    if newer: raise ValueError(f"{path}: written by a later sharetie, in version {version} of the format; this one reads version {FORMAT}")
+    if newer:
+        raise ValueError(f"{path}: written by a later sharetie, in version {version} of the format; "
+                         f"this one reads version {FORMAT}")
     return note, described, check
 
+# %% ../nbs/42_archive.ipynb #0b0a9c6b
+_SPENT = "positions", "codes", "numbers", "other"
 
+
+def _spent(kept, entry):
+    "Where the bytes of one entry are."
+    if entry is None: return {"type": CODES[kept.dtype], "weights": kept.numel(), "positions": 0, "codes": 0, "numbers": kept.nbytes, "other": 0}
+    p = _parts(kept)
+    parts = {"positions": p.gaps, "codes": p.codes, "numbers": p.numbers}
+    sizes = {key: 0 if part is None else len(part) for key, part in parts.items()}
+    return {"type": entry.code, "weights": entry.numel} | sizes | {"other": len(kept) - sum(sizes.values())}
+
+
+def _report(stored, described, header):
+    "Where the bytes of a file are."
+    rows = {name: _spent(stored[name], described.get(name)) for name in sorted(stored)}
+    rows["header"] = {"type": "", "weights": 0} | dict.fromkeys(_SPENT, 0) | {"other": header}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.loc["all"] = table.sum()
+    table.loc["all", "type"] = ""
+    table["bytes"] = table[[*_SPENT]].sum(axis=1)
+    return table
+
+# %% ../nbs/42_archive.ipynb #d5195ae6
 class Archive(Checkpoint):
     """A compressed file, to be read name by name.
 
@@ -308,21 +338,7 @@ class Archive(Checkpoint):
 
     def report(self) -> pd.DataFrame:  # a row per stored tensor, one for the header, and one for all
         "Where the bytes of the file are; those of all rows together are the size of the file."
-        rows = {name: _spent(self._stored[name], self._described.get(name)) for name in sorted(self._stored)}
-        rows["header"] = {"type": "", "weights": 0, "positions": 0, "codes": 0, "numbers": 0, "other": self._header}
-        table = pd.DataFrame.from_dict(rows, orient="index")
-        table.loc["all"] = table.sum()
-        table.loc["all", "type"] = ""
-        table["bytes"] = table[["positions", "codes", "numbers", "other"]].sum(axis=1)
-        return table
-
-
-def _spent(kept, entry):
-    "Where the bytes of one entry are."
-    if entry is None: return {"type": CODES[kept.dtype], "weights": kept.numel(), "positions": 0, "codes": 0, "numbers": kept.nbytes, "other": 0}
-    p = _parts(kept)
-    sizes = {key: 0 if part is None else len(part) for key, part in (("positions", p.gaps), ("codes", p.codes), ("numbers", p.numbers))}
-    return {"type": entry.code, "weights": entry.numel} | sizes | {"other": len(kept) - sum(sizes.values())}
+        return _report(self._stored, self._described, self._header)
 
 # %% ../nbs/42_archive.ipynb #6c8abfd1
 class Sizes(NamedTuple):

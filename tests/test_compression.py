@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sharetie.archive import Archive
 from sharetie.command import main
-from sharetie.compression import STAGES, Cluster, Prune, Quantize, Round, Tune, _Run, compress, read_recipe
+from sharetie.compression import compress
 from sharetie.finding import Transpose, find_ties
 from sharetie.making import tie_
 from sharetie.masks import magnitude, prune_
+from sharetie.recipes import STAGES, Cluster, Prune, Quantize, Round, Tune, _Run, read_recipe
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
 
