@@ -188,7 +188,7 @@ def test_frozen_and_training_models_stay_so():
 
 GOOD = torch.rand(6, 3), torch.rand(6, 2)
 BAD = {
-    "alpha": (dict(alpha=0), ValueError, "alpha: a finite number and above 0"), "alpha text": (dict(alpha="1"), TypeError, "alpha: a number"),
+    "alpha": (dict(alpha=0), ValueError, "alpha: a finite number above 0"), "alpha text": (dict(alpha="1"), TypeError, "alpha: a number"),
     "remove": (dict(remove=8), ValueError, "remove: a whole number from 0 to 7"), "remove below": (dict(remove=-1), ValueError, "remove"),
     "every": (dict(every=0), ValueError, "every"), "chunk": (dict(chunk=0), ValueError, "chunk"), "fine": (dict(fine=3), TypeError, "fine: a function"),
     "names": (dict(names="wieght"), ValueError, "matches none"), "no data": (dict(data=(torch.rand(0, 3), torch.rand(0, 2))), ValueError, "at least one example"),
