@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['refit', 'prune_rows', 'Calibration', 'calibrate', 'layerwise_']
 
-# %% ../nbs/40_layerwise.ipynb #87001796
+# %% ../nbs/40_layerwise.ipynb #d68f9856
 import contextlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import need, one_of, real, tensor, whole
 from .finding import module_paths, places
 from .masks import Mask, _best, _by_pattern, _part, _read_pattern, _seen, _weights, mask_
-from .scores import _check_data, _mode
+from .scores import _mode
 
 # %% ../nbs/40_layerwise.ipynb #50a17f71
 def refit(
@@ -93,7 +93,7 @@ def _greedy(W, H, mask, sparsity, limit):
     else: kept = _best(costs.cummax(1).values.flatten(), W.numel() - round(sparsity * W.numel())).view_as(mask)
     return torch.zeros_like(mask).scatter(1, order, kept.expand_as(mask))
 
-# %% ../nbs/40_layerwise.ipynb #50ebb7d5
+# %% ../nbs/40_layerwise.ipynb #2cb5361d
 def _factor(H):
     "The upper triangle U with U Uᵀ = H."
     lower, info = torch.linalg.cholesky_ex(H.flip(-1, -2))
@@ -107,7 +107,7 @@ def _free(U, sums, a, b):
     if b == a + 1: return sums / U[:, a:b, a:b]
     return torch.linalg.solve_triangular(U[:, a:b, a:b].mT, sums, upper=False)
 
-
+# %% ../nbs/40_layerwise.ipynb #263525e6
 def _block(W, U, mask, sparsity, limit, block):
     "New weights and mask by the fixed order; W and mask (g, d, r), with one factor U (g, d, d) for r rows each."
     g, d, r = W.shape

@@ -10,10 +10,9 @@ __all__ = ['prune_edges_', 'Mask', 'Masked', 'edges', 'mask_', 'masks_of', 'spar
            'brute_force', 'taylor1', 'taylor2', 'onorm', 'activity', 'least', 'by_size', 'removal_curve',
            'merge_similar_', 'prune_units_', 'similarity_kernel', 'sample_kdpp', 'greedy_map', 'diverse']
 
-# %% ../nbs/40_pruning.ipynb #4959d813
+# %% ../nbs/40_pruning.ipynb #274d615d
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import nn
 
 from .criteria import *
