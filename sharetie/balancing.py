@@ -8,6 +8,7 @@ __all__ = ['PIECE', 'WITHOUT_TASKS', 'WITH_TASKS', 'RULES', 'Balancer', 'LossWei
            'GradVac', 'GradNorm', 'GradDrop', 'balancer', 'two_losses']
 
 # %% ../nbs/21_balancing.ipynb #e11a4744
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -118,11 +119,13 @@ class Balancer(nn.Module):
         for name in names: one_of(name, "losses", self.tasks)
         return [self.tasks.index(name) for name in names]
 
-    def get_extra_state(self): return {"tasks": self.tasks}
+    def get_extra_state(self):
+        "The names of the tasks as bytes of JSON in a tensor, which any file can hold."
+        return torch.tensor([*json.dumps(self.tasks).encode()], dtype=torch.uint8)
 
     def set_extra_state(self, state):
-        fine = None in (self.tasks, state["tasks"]) or self.tasks == state["tasks"]
-        need(fine, "state", f"that of {self.tasks}", state["tasks"])
+        tasks = json.loads(bytes(state.tolist()))
+        need(None in (self.tasks, tasks) or self.tasks == tasks, "state", f"that of {self.tasks}", tasks)
 
     def _load_from_state_dict(self, state, prefix, *args):
         if f"{prefix}_extra_state" in state: self.set_extra_state(state[f"{prefix}_extra_state"])  # before numbers are copied
@@ -366,6 +369,7 @@ def _gram(rows):
 
 def _apart(gram):
     "Can single precision tell the directions of these gradients apart, and hold their squares?"
+    gram = gram.cpu()
     length = gram.diagonal().sqrt()
     if not (gram.isfinite().all() and (length > 1e-15).all()): return False
     return (torch.linalg.eigvalsh(gram / length / length[:, None])[0] > 1e-4).item()
@@ -476,7 +480,8 @@ class GradientBalancer(Balancer):
 
     If `backward` is given the representation, the gradients that are compared are those with respect to it,
     and the shared part sees one backward pass in all. A task whose gradient is no finite number counts as
-    one whose loss is none: `on_nan` says what it does. Raises ValueError for sparse gradients."""
+    one whose loss is none: `on_nan` says what it does; to "skip" it, graphs are kept until the losses are gone.
+    Raises ValueError for sparse gradients."""
     def __init__(self,
         group=None,  # of processes that each have a part of the batch, as `torch.distributed.group.WORLD`
         on_nan: str = "raise",

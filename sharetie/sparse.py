@@ -249,7 +249,8 @@ _FROM_ZERO = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp
 class InTurn:
     """A loss for tasks that take turns: a step moves only what the tasks of its batches use.
 
-    These are the batches since the last step, of which gradients may have been added up. It takes part in every step of the optimizer until `remove`. Of the optimizer's state,
+    These are the batches since the last step, whose gradients may have been added up.
+    It takes part in every step of the optimizer until `remove`. Of the optimizer's state,
     numbers per entry stay, such as momentum; Adam's count of steps goes on for all.
     Raises TypeError for another model, loss or optimizer."""
     def __init__(self,
