@@ -377,7 +377,7 @@ def _apart(gram):
 
 def _products(rows, least):
     "Inner products of gradients in the precision that they have, or in `least`, as (tasks, tasks) in double."
-    total = 0.
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for parts in zip(*rows):
         some = next((g for g in parts if g is not None), None)
         if some is None: continue
@@ -385,7 +385,7 @@ def _products(rows, least):
         for start in range(0, some.numel(), PIECE):
             piece = torch.stack([g[start:start + PIECE] for g in flat])
             piece = piece.to(torch.promote_types(piece.dtype, least))
-            total = total + (piece @ piece.T).double()
+            total = total.to(piece.device) + (piece @ piece.T).double()
     return total
 
 

@@ -151,6 +151,12 @@ def test_large_parameters_are_multiplied_in_pieces(monkeypatch):
     torch.testing.assert_close(balancing._gram([[p.detach() for p in net.trunk.parameters()]] * 2), whole)
 
 
+def test_gradients_that_are_not_there_have_inner_products_of_zero():
+    from sharetie.balancing import _gram
+    assert torch.equal(_gram([[None, None]] * 2), torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(_gram([[None], [torch.ones(3)]]), torch.tensor([[0., 0.], [0., 3.]], dtype=torch.float64))
+
+
 # Memory
 
 @pytest.mark.parametrize("name", WITH_TASKS)
