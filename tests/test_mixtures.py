@@ -404,12 +404,6 @@ def test_experts_of_unknown_form_take_what_they_take():
     with pytest.raises(ValueError, match=r"x: an input of 3 features on axis -2 is expected, got \(4, 5, 3\)"): conv(torch.ones(4, 5, 3))
 
 
-def test_compiled_models_are_the_same():
-    set_seed(0)
-    model, x = PLE([expert(), expert(8, 8)], heads()), torch.randn(4, 6)
-    for task, y in torch.compile(model, backend="aot_eager")(x).items(): torch.testing.assert_close(y, model(x)[task])
-
-
 @pytest.mark.parametrize("make, error, match", [
     (lambda: MMoE(mlp(), heads(), 0), ValueError, "num_experts: a whole number of at least 1 is expected, got 0"),
     (lambda: MMoE(mlp(), heads(), 2.), TypeError, "num_experts: a whole number"),
