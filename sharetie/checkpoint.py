@@ -379,7 +379,7 @@ class Checkpoint:
         path: str | Path,
     ):
         self.path = file_path(path)
-        self.entries, self._read, self.metadata, self.paths, self.derived, self.others = held = _open(self.path)
+        self.entries, self._read, self.metadata, self.paths, self.derived, self.others = held = self._opened()
         self.derived, self.broken, text = dict(self.derived), [], self.metadata.get(KEY)
         ties, self.modules = ([], []) if text is None else read_ties(path, text)
         for name, derived in ties:
@@ -388,6 +388,8 @@ class Checkpoint:
             elif name not in self.entries: self.derived[name] = derived
         self.hints = {name: Derived(source) for name, source in self.metadata.items()  # of safetensors' save_model
                       if source in self.entries and name not in {KEY, *self.entries, *self.derived}}
+
+    def _opened(self): return _open(self.path)
 
     @property
     def names(self) -> list[str]:

@@ -62,6 +62,16 @@ def _shared_modules(model):
     return [[*held.values()] for held in found.values() if len(held) > 1]
 
 # %% ../nbs/02_saving.ipynb #0cd199f1
+def _contents(model):
+    "What a file of a model holds: tensors by name, and its ties for the metadata."
+    check_ties(model)
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items(): check_tensor(name, tensor)
+    derived = _derived(model, state)
+    gone = {*derived, *(_inner(name) for name, *_ in _mapped(model, state))}
+    return {n: t for n, t in state.items() if n not in gone}, tie_metadata(derived, _shared_modules(model))
+
+
 def save_model(
     model: nn.Module,
     path: str | Path,  # of the file, which is replaced when the new one is complete
@@ -76,13 +86,8 @@ def save_model(
     fine = isinstance(notes, dict) and all(isinstance(text, str) for item in notes.items() for text in item)
     need(fine, "metadata", "a dictionary from text to text", metadata, TypeError)
     need(KEY not in notes, "metadata", f"any key but {KEY!r}, where the ties are", KEY)
-    check_ties(model)
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items(): check_tensor(name, tensor)
-    derived = _derived(model, state)
-    gone = {*derived, *(_inner(name) for name, *_ in _mapped(model, state))}
-    tensors = {name: tensor for name, tensor in state.items() if name not in gone}
-    write_tensors(path, tensors, {"format": "pt"} | notes | tie_metadata(derived, _shared_modules(model)))
+    tensors, ties = _contents(model)
+    write_tensors(path, tensors, {"format": "pt"} | notes | ties)
 
 # %% ../nbs/02_saving.ipynb #84623f17
 @dataclass
@@ -352,7 +357,7 @@ def _warn_of(path, apart):
 # %% ../nbs/02_saving.ipynb #a20ca989
 def load_model(
     model: nn.Module,
-    path: str | Path,  # a safetensors file, an index of such, or a file of `torch.save` with tensors only
+    path: str | Path | Checkpoint,  # a safetensors file, an index of such, or a file of `torch.save` with tensors only
     strict: bool = True,  # must file and model have the same names?
     on_conflict: str = "error",  # different numbers for one weight: raise, take the "first" name's, or the "mean"
     device=None,  # where tensors of the meta device are put; None: main memory
@@ -376,7 +381,8 @@ def load_model(
         try: device = torch.empty(0, device=device).device
         except (RuntimeError, TypeError, AssertionError): need(False, "device", "a device that is here, such as 'cpu'", device)
     check_ties(model)
-    file = Checkpoint(path)
+    file = path if isinstance(path, Checkpoint) else Checkpoint(path)
+    path = file.path
     wrong = [Broken((source, name), f"in {path}, {why}", "save it anew") for source, name, why in file.broken]
     if wrong: raise BrokenTie(wrong)
     with _Whole(model):
