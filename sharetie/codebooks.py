@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 from .binding import _Whole
 from .clusters import kmeans_1d
 from .errors import match_names, need, one_of, tensor, whole
-from .finding import places
+from .finding import module_paths, places
 from .making import _changeable, _copyable
+from .masks import _inner, _redeclare
 
 # %% ../nbs/42_codebooks.ipynb #5da1a869
 def compression_rate(
@@ -146,6 +147,7 @@ def cluster_(
     with _Whole(model):
         for source, members in plans:
             for group, lookup in members: _install(group, lookup, source)
+        _redeclare(model, {place.name: _inner(place.name) for group in groups for place in group}, {})
     return model
 
 
@@ -196,4 +198,7 @@ def decode_(
             owner.parametrizations[attribute].original = nn.Parameter(source.clone())
             parametrize.remove_parametrizations(owner, attribute)
             setattr(owner, attribute, value)
+    plain = {name for at in found.values() for name in at}
+    names = [f"{path}.{attribute}".lstrip(".") for path, owner in module_paths(model) for at, attribute in plain if at is owner]
+    _redeclare(model, {_inner(name): name for name in names}, {})
     return model

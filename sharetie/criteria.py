@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['taylor', 'curvature_rows', 'obd', 'remember', 'rewind_']
 
-# %% ../nbs/40_criteria.ipynb #6796a5ec
+# %% ../nbs/40_criteria.ipynb #9faf3497
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from .errors import function, need, tensor, whole
 from .groups import functional
-from .masks import _all_weights, _named, _seen, _weights
+from .masks import _all_weights, _seen, _weights
 from .scores import _check_data, _mode
 
 # %% ../nbs/40_criteria.ipynb #3aa95998

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import need, one_of, whole
-from .routing import Plan, _no_autocast
+from .routing import Plan, _computed_in, _no_autocast
 
 # %% ../nbs/30_experts.ipynb #b2b7ba55
 _FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -81,6 +81,10 @@ class _Stacked(nn.Module):
         for name, p in self.named_parameters():
             width = self.dim if name.endswith("in") else self.hidden
             nn.init.uniform_(p, -width ** -.5, width ** -.5)
+
+    def computed_in(self, x):
+        "The dtype that tokens are computed in; raises TypeError for tokens that do not fit."
+        return _computed_in(x, self.w_in, "tokens of {}, as the experts")
 
     def extra_repr(self):
         return f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, expert={self.expert!r}"
@@ -258,13 +262,9 @@ class Experts(_Stacked):
         plan: Plan,
     ) -> Tensor:  # (tokens, dim)
         "The weighted sum of what the experts make of each token."
+        dtype = self.computed_in(x)
         parts = [x, self.w_in, self.b_in, self.w_out, self.b_out]
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            parts = [part if part is None else part.to(dtype) for part in parts]
-        x, *weights = parts
-        dtype = weights[0].dtype
-        need(x.dtype == dtype, "x", f"tokens of {dtype}, as the experts are,", x.dtype, TypeError)
+        x, *weights = [part if part is None else part.to(dtype) for part in parts]
         with _no_autocast(x.device):
             if self._groups(x, len(plan.token)): return _grouped(x, weight, plan, *weights, self.expert)
             arguments = x, weight, *plan, *weights, self.expert

@@ -92,7 +92,7 @@ def _inverse_of(model, data, loss, flat, alpha, chunk):
         _with_rows(inverse, rows * flat.left, len(x))
     return inverse
 
-# %% ../nbs/40_surgeon.ipynb #3fe3a8a7
+# %% ../nbs/40_surgeon.ipynb #69ae52a0
 @torch.no_grad()
 def surgeon_(
     model: nn.Module,
@@ -103,7 +103,7 @@ def surgeon_(
     alpha: float = 1e-4,  # added to the diagonal of the Hessian
     every: int = 1,  # removals between two Hessians
     fine: Callable | None = None,  # of the model: may it stay so? if not, the last removal is undone, and that is all
-    chunk: int = 64,  # examples at a time; memory is chunk × outputs × weights, and weights²
+    chunk: int = 256,  # examples at a time; memory is chunk × outputs × weights, and weights²
 ) -> pd.DataFrame:  # a row per removal: weight, index, rise (as foreseen), loss (after it), left
     """Take weights out one by one, each where it costs least, and move all others to make up for it.
 

@@ -396,3 +396,13 @@ def test_weights_that_cannot_be_codes_are_refused(call, change, message):
     (lambda: FakeQuantize(9), ValueError, "from 2 to 8"), (lambda: quantized_weights(3), TypeError, "a module"), (lambda: stored_bytes(3), TypeError, "a module")])
 def test_bad_tensors(call, error, message):
     with pytest.raises(error, match=message): call()
+
+
+@pytest.mark.gpu
+def test_gpu_equals_cpu():
+    model, x = Words(), torch.arange(4)
+    for bits, size in ((8, None), (4, 3)):
+        here, there = quantize_(copy.deepcopy(model), bits, size), quantize_(copy.deepcopy(model).cuda(), bits, size)
+        assert torch.equal(here.head.quantized.codes, there.head.quantized.codes.cpu()) and there.table.quantized is there.head.quantized
+        torch.testing.assert_close(there(x.cuda()).cpu(), here(x))
+        torch.testing.assert_close(here.cuda()(x.cuda()), there(x.cuda()))
