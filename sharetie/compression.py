@@ -103,9 +103,9 @@ def compress(
 # %% ../nbs/42_compression.ipynb #807b0737
 def _check_data(stages, data, loss):
     "Raise unless there are data for the stages that train."
-    trains = [s for s in stages if getattr(s, "epochs", 0)]
-    fine = not trains or data is not None and loss is not None
-    need(fine, "data", "data and a loss (at the command line: --task) for a stage that trains", trains[:1] or data)
+    trains = next((s for s in stages if getattr(s, "epochs", 0)), None)
+    if trains is not None and (data is None or loss is None):
+        raise ValueError(f"data: data and a loss (at the command line: --task) are expected for {type(trains).__name__}, which trains")
 
 
 def _measured(run, stage, test, metrics):
