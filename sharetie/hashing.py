@@ -125,6 +125,8 @@ class HashedLinear(nn.Module):
     def forward(self,
         x: Tensor,  # (…, inputs)
     ) -> Tensor:  # (…, outputs)
+        tensor(x, "x", floating=True)
+        need(x.shape[-1:] == (self.inputs,), "x", f"a tensor of shape (…, {self.inputs})", tuple(x.shape))
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self): return f"{self.inputs}, {self.outputs}, bias={self.bias is not None}"
