@@ -59,7 +59,7 @@ class _Cost(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad): return tuple(grad * g for g in ctx.saved_tensors)
 
-
+# %% ../nbs/42_priors.ipynb #3cf11400
 def mixture_cost(
     weights: Tensor,  # (n,)
     means: Tensor,  # (k,)
