@@ -9,7 +9,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 from sharetie.codebooks import decode_, stored_bits
-from sharetie.products import PieceLookup, kmeans, product_rate, quantize_products_
+from sharetie.pieces import PieceLookup, kmeans, product_rate, quantize_products_
 from sharetie.results import set_seed
 
 
