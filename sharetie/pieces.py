@@ -18,6 +18,7 @@ from .binding import _Whole
 from .codebooks import Lookup, _chosen, _install, code_bits
 from .errors import need, one_of, tensor, whole
 from .making import _changeable
+from .masks import _inner, _redeclare
 
 # %% ../nbs/42_pieces.ipynb #d3e6a6ea
 class Pieces(NamedTuple):
@@ -196,6 +197,7 @@ def quantize_products_(
         plans.append((group, PieceLookup(codes, k, weight.shape), nn.Parameter(centers, weight.requires_grad)))
     with _Whole(model):
         for group, lookup, source in plans: _install(group, lookup, source)
+        _redeclare(model, {place.name: _inner(place.name) for group, _, _ in plans for place in group}, {})
     return model
 
 # %% ../nbs/42_pieces.ipynb #bfe92717
