@@ -15,7 +15,7 @@ from nbdev.config import get_config
 
 import readme
 from lint import checked, keys, raise_problems, read
-from outline import BookError, outline
+from outline import BookError, digest, outline
 from pages import write_site
 from process import entries, process
 from refs import resolve
@@ -81,6 +81,7 @@ def build(root):
         nbs = processed(book)
         if quarto: render_quarto(quarto, book.root / "_proc", made)
         else: render(book, nbs, fresh(made))
+        (made / ".sources").write_text(digest(book.root))
         replace(get_config().doc_path, made)
     finally:
         for left in (made, book.root / "_proc.new"): shutil.rmtree(left, ignore_errors=True)

@@ -1,5 +1,7 @@
 "The outline of the book: its chapters in reading order, as `_quarto.yml` lists them."
+import hashlib
 import re
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,3 +125,12 @@ def misfits(sources, names):
         page = Chapter(sources / n).page
         if pages.setdefault(page, n) != n: problems.append(f"_quarto.yml: {pages[page]} and {n} both become {page}")
     return problems
+
+
+def digest(root):
+    "A number of all that a site is made from."
+    made = hashlib.sha256(str(shutil.which("quarto")).encode())
+    files = [root / "_quarto.yml", root / "settings.ini", *(root / "sharetie").glob("*.py")]
+    files += [f for folder in (root / "nbs", Path(__file__).parent) for f in folder.rglob("*") if f.is_file() and f.suffix != ".pyc"]
+    for file in sorted(files): made.update(f"{file.name}\n".encode() + file.read_bytes())
+    return made.hexdigest()

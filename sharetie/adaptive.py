@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import need, nonnegative, real
-from .multitask import Soft, stages_of
+from .multitask import Soft, need_apart, stages_of
 from .sparse import OwnWeights
 from .tasks import Multitask, TaskLosses
 from .tying import TiePenalty
@@ -115,7 +115,8 @@ def _components(tasks, agree):
 class AdaptiveHard(Multitask):
     """One trunk that branches where tasks are in conflict, into a tree.
 
-    Raises as `stages_of` does, and for groups that are no tree and "+" in a task's name.
+    Raises as `stages_of` does, and for groups that are no tree, "+" in a task's name, and a Parameter
+    that is tied across stages: a branch would untie it.
     Source: after Wang et al. 2023, by stages."""
     def __init__(self,
         trunk: nn.Sequential,
@@ -126,6 +127,7 @@ class AdaptiveHard(Multitask):
         for task in self.tasks:
             need("+" not in task, "heads", "a task's name without '+'", task)
         stages = stages_of(trunk)
+        need_apart(trunk, [stage[0] for stage in stages[1:]])
         tree = [[self.tasks]] * len(stages) if tree is None else tree
         trunks = [nn.Sequential(*(trunk[i] for i in stage)) for stage in stages]
         every = "+".join(self.tasks)

@@ -83,8 +83,11 @@ class Cache:
         k: Tensor,  # (batch, heads, new positions, width)
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:  # keys and values of all positions
-        "Add new positions at the end."
-        if self.k is not None: k, v = torch.cat([self.k, k], -2), torch.cat([self.v, v], -2)
+        "Add new positions at the end. Raises ValueError for other sequences or heads than before."
+        if self.k is not None:
+            apart = [tuple(t.shape[:-2]) + (t.shape[-1],) for t in (self.k, k)]
+            need(apart[0] == apart[1], "x", f"the sequences of the cache, {self.k.shape[0]}", f"{k.shape[0]}")
+            k, v = torch.cat([self.k, k], -2), torch.cat([self.v, v], -2)
         self.k, self.v = k, v
         return k, v
 
@@ -129,9 +132,11 @@ class Attention(nn.Module):
         fine = x.ndim > 1 and x.shape[-1] == self.dim
         need(fine, "x", f"(batch, positions, {self.dim})", tuple(x.shape))
         q, k, v = (f(x).unflatten(-1, (-1, self.width)).transpose(-3, -2) for f in (self.q, self.k, self.v))
+        need(cache is None or isinstance(cache, Cache), "cache", "a Cache or None", cache, TypeError)
+        positions = k.shape[-2] + (0 if cache is None else len(cache))
+        grouped, plain = self.kv_heads < self.heads, mask is None and q.shape[-2] == positions
+        if not plain: mask = self._mask(mask, (*q.shape[:-1], positions), q)
         if cache is not None: k, v = cache.extend(k, v)
-        grouped, plain = self.kv_heads < self.heads, mask is None and q.shape[-2] == k.shape[-2]
-        if not plain: mask = self._mask(mask, (*q.shape[:-1], k.shape[-2]), q)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and plain, enable_gqa=grouped)
         return self.out(y.transpose(-3, -2).flatten(-2))
 
@@ -168,6 +173,9 @@ def from_multihead(
     if bias is not None:
         for name, part in zip(("q", "k", "v"), bias.chunk(3)): getattr(made, name).bias.copy_(part)
         made.out.bias.copy_(layer.out_proj.bias)
+    for part in (made.q, made.k, made.v, made.out):
+        part.weight.requires_grad_((layer.out_proj.weight if part is made.out else weight).requires_grad)
+        if bias is not None: part.bias.requires_grad_((layer.out_proj.bias if part is made.out else bias).requires_grad)
     return made.train(layer.training)
 
 # %% ../nbs/12_attention.ipynb #c1e15548

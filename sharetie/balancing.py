@@ -8,25 +8,32 @@ __all__ = ['PIECE', 'WITHOUT_TASKS', 'WITH_TASKS', 'RULES', 'Balancer', 'LossWei
            'GradVac', 'GradNorm', 'GradDrop', 'balancer', 'two_losses']
 
 # %% ../nbs/21_balancing.ipynb #e11a4744
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .aggregation import aligned, cagrad, graddrop, gradvac, imtl, mgda, nash, pcgrad, upgrad
-from .errors import need, one_of, real, tensor, whole
+from .aggregation import aligned, cagrad, checked_generator, graddrop, gradvac, imtl, mgda, nash, pcgrad, upgrad
+from .errors import need, one_of, real, tensor
+from .tasks import Multitask
 
 # %% ../nbs/21_balancing.ipynb #bee986a1
-def _checked(losses, on_nan):
-    "The losses that take part, checked."
+def _scalars(losses):
+    "The losses by task, checked to be numbers."
     need(isinstance(losses, Mapping), "losses", "a dictionary of losses by task", losses, TypeError)
     need(len(losses) > 0, "losses", "at least one task", "none")
     for name, loss in losses.items():
         tensor(loss, f"losses[{name!r}]", floating=True)
         need(loss.numel() == 1, f"losses[{name!r}]", "a scalar", tuple(loss.shape))
-        need(loss.requires_grad, f"losses[{name!r}]", "a loss with a gradient", "one without")
+    return losses
+
+
+def _finite(losses, on_nan):
+    "The losses that take part: all that are finite, or none is not."
     finite = torch.stack([loss.detach().reshape(()) for loss in losses.values()]).isfinite().tolist()
     bad = [name for name, fine in zip(losses, finite) if not fine]
     if bad and on_nan == "raise": raise ValueError(f"losses: finite numbers are expected, got {losses[bad[0]].item()} in {bad}")
@@ -35,14 +42,22 @@ def _checked(losses, on_nan):
 
 
 def _parameters(shared):
-    "The shared parameters as a list."
-    if isinstance(shared, nn.Module): shared = shared.parameters()
+    "The shared parameters as a list; of a multitask model there may be none."
+    several = isinstance(shared, Multitask)
+    if several: shared = shared.shared_parameters()
+    elif isinstance(shared, nn.Module): shared = shared.parameters()
     fine = isinstance(shared, Iterable) and not isinstance(shared, (Tensor, str))
     need(fine, "shared", "a module or a list of Parameters", shared, TypeError)
     shared = list({id(p): p for p in shared}.values())
-    need(shared, "shared", "at least one Parameter", "none")
+    need(shared or several, "shared", "at least one Parameter", "none")
     for p in shared: need(isinstance(p, Tensor) and p.is_leaf, "shared", "leaf tensors", p, TypeError)
     return [p for p in shared if p.requires_grad]
+
+
+def _name_of(p, shared):
+    "A shared parameter as messages name it."
+    if not isinstance(shared, nn.Module): return f"shared, of shape {tuple(p.shape)}"
+    return f"shared.{next(name for name, q in shared.named_parameters() if q is p)}"
 
 # %% ../nbs/21_balancing.ipynb #fd731d17
 def _leaves(loss, stop=None):
@@ -64,10 +79,11 @@ def _leaves(loss, stop=None):
 class Balancer(nn.Module):
     """Turns the losses of several tasks into gradients, in place of `loss.backward()`.
 
-    Gradients are added to what `.grad` holds, as PyTorch does."""
+    Gradients are added to what `.grad` holds, as PyTorch does. Raises TypeError or ValueError for bad losses
+    or names of tasks, and for the state of other tasks or of these in another order."""
     def __init__(self,
         on_nan: str = "raise",  # what a loss that is no finite number does: "raise", or "skip" the task
-        tasks: Sequence[str] | None = None,  # names, for methods that remember tasks
+        tasks: Sequence[str] | None = None,  # names of all; None: any, where a method remembers none
     ):
         super().__init__()
         self.on_nan, self.tasks = one_of(on_nan, "on_nan", ["raise", "skip"]), tasks
@@ -79,21 +95,41 @@ class Balancer(nn.Module):
 
     def backward(self,
         losses: Mapping[str, Tensor],  # a scalar for each task that the batch has
-        shared: nn.Module | Iterable[Tensor],  # the parameters that tasks share
+        # the parameters that tasks share; of a Multitask model those that `sharing` names, and
+        # tasks that have none of them then get their own gradient, with coefficient 1
+        shared: nn.Module | Iterable[Tensor],
         representation: Tensor | None = None,  # output of the shared part, all that heads see of it
         scaler: "torch.amp.GradScaler | None" = None,  # of mixed precision: gradients are left scaled
     ) -> Tensor:  # (tasks in the batch,), the weights or coefficients used
         "Add to the gradients of all parameters that the losses depend on."
-        losses, shared = _checked(losses, self.on_nan), _parameters(shared)
+        for name, loss in _scalars(losses).items(): need(loss.requires_grad, f"losses[{name!r}]", "a loss with a gradient", "one without")
+        fine = scaler is None or isinstance(scaler, torch.amp.GradScaler)
+        need(fine, "scaler", "a torch.amp.GradScaler or None", scaler, TypeError)
+        losses, parameters = _finite(losses, self.on_nan), _parameters(shared)
         if self.tasks is not None: self._places(losses)
         reach = {name: _leaves(loss, representation) for name, loss in losses.items()}
-        for name, found in reach.items(): self._check_attached(name, *found, shared, representation)
-        return self._backward(losses, [leaves for leaves, _ in reach.values()], shared, representation, scaler)
+        own = isinstance(shared, Multitask) and representation is None
+        must = list(shared.parameters()) if own else parameters
+        for name, found in reach.items(): self._check_attached(name, *found, must, representation)
+        try: return self._backward(losses, [leaves for leaves, _ in reach.values()], parameters, representation, scaler)
+        except _Sparse as error: need(False, _name_of(error.p, shared), "a Parameter with dense gradients", "sparse ones")
 
     def _places(self, names):
         "Where the tasks of a batch stand among all."
         for name in names: one_of(name, "losses", self.tasks)
         return [self.tasks.index(name) for name in names]
+
+    def get_extra_state(self):
+        "The names of the tasks as bytes of JSON in a tensor, which any file can hold."
+        return torch.tensor([*json.dumps(self.tasks).encode()], dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        tasks = json.loads(bytes(state.tolist()))
+        need(None in (self.tasks, tasks) or self.tasks == tasks, "state", f"that of {self.tasks}", tasks)
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        if f"{prefix}_extra_state" in state: self.set_extra_state(state[f"{prefix}_extra_state"])  # before numbers are copied
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _check_attached(self, name, leaves, met, shared, representation):
         "Raise unless the loss depends on a shared parameter, and on the representation if there is one."
@@ -103,9 +139,24 @@ class Balancer(nn.Module):
             need(not past, f"losses[{name!r}]", "a loss that sees shared parameters through the representation alone", "another way")
         else: need(any(id(p) in leaves for p in shared), f"losses[{name!r}]", "a loss that depends on shared parameters", "one that does not")
 
+
+def _meeting(leaves, shared, z):
+    "Which losses reach a shared parameter; all do through a representation."
+    return torch.tensor([z is not None or any(id(p) in own for p in shared) for own in leaves])
+
+
+def _among(meeting, weights):
+    "The weights of those that meet, among ones."
+    return torch.ones(len(meeting)).to(weights).masked_scatter(meeting.to(weights.device), weights)
+
 # %% ../nbs/21_balancing.ipynb #c94c666c
 class LossWeights(Balancer):
-    "Weighs the losses: one backward pass in all."
+    """Weighs the losses: one backward pass in all.
+
+    Of several processes each weighs by its own part of the batch, and keeps what it remembers to itself. What
+    is learned by the optimizer is one for all, if the method is a part of the module that
+    `DistributedDataParallel` wraps, as `Uncertainty` can be. `FAMO`, `DynamicAverage` and `Prioritization` stay
+    apart unless each process tells them the means over all."""
     def weigh(self,
         losses: Tensor,  # (tasks,), with their graph
         names: list[str],  # of these tasks
@@ -113,24 +164,30 @@ class LossWeights(Balancer):
         raise NotImplementedError
 
     def _backward(self, losses, leaves, shared, representation, scaler):
-        objective, weights = self.weigh(torch.stack([*losses.values()]), [*losses])
+        meeting, objective, weights = _meeting(leaves, shared, representation), 0., torch.ones(0)
+        together = {name: loss for (name, loss), meets in zip(losses.items(), meeting) if meets}
+        if together: objective, weights = self.weigh(torch.stack([*together.values()]), [*together])
+        objective = objective + sum(loss for name, loss in losses.items() if name not in together)
         (objective if scaler is None else scaler.scale(objective)).backward()
-        return weights.detach()
+        return _among(meeting, weights.detach())
 
 # %% ../nbs/21_balancing.ipynb #cc634aaa
 class Equal(LossWeights):
-    "The sum of the losses."
+    "The sum of the losses. Raises as `Balancer` does."
     def weigh(self, losses, names): return losses.sum(), torch.ones_like(losses)
 
 # %% ../nbs/21_balancing.ipynb #bfc26d1e
 class RandomWeights(LossWeights):
-    "Weights drawn anew at each step, with the number of tasks as their sum. Source: Lin et al. 2022."
+    """Weights drawn anew at each step, with the number of tasks as their sum.
+
+    Raises TypeError for anything but a generator. Source: Lin et al. 2022."""
     def __init__(self,
         generator: torch.Generator | None = None,  # on the CPU
         on_nan="raise",
+        tasks: Sequence[str] | None = None,  # names; None: any
     ):
-        super().__init__(on_nan)
-        self.generator = generator
+        super().__init__(on_nan, tasks)
+        self.generator = checked_generator(generator)
 
     def weigh(self, losses, names):
         drawn = torch.randn(len(losses), generator=self.generator).softmax(0).to(losses) * len(losses)
@@ -226,7 +283,8 @@ class Prioritization(LossWeights):
     def observe(self,
         figures: Mapping[str, float],  # a key figure from 0 to 1 per task, larger is better
     ):
-        "Tell how well tasks do now."
+        "Tell how well tasks do now. Raises TypeError or ValueError for unknown tasks and bad figures."
+        need(isinstance(figures, Mapping), "figures", "a dictionary of numbers by task", figures, TypeError)
         for name, value in figures.items():
             one_of(name, "figures", self.tasks)
             real(value, f"figures[{name!r}]", low=0, high=1)
@@ -252,6 +310,7 @@ class _Logits(nn.Module):
         "One step down."
         (self.values.grad,) = torch.autograd.grad(objective, self.values)
         self.adam.step()
+        self.values.grad = None  # or an optimizer that holds it too would move it again
 
     def get_extra_state(self): return self.adam.state_dict()
     def set_extra_state(self, state): self.adam.load_state_dict(state)
@@ -283,15 +342,19 @@ class FAMO(LossWeights):
 
     @torch.enable_grad()
     def update(self,
-        losses: Mapping[str, Tensor],  # of the same batch and tasks, after the step
+        losses: Mapping[str, Tensor],  # of the same batch, after the step; tasks that sat out may be there too
     ):
-        "Move the weights by what the step did."
+        """Move the weights by what the step did.
+
+        Raises TypeError or ValueError, and moves nothing, for bad losses, and without those of the step."""
         need(self._seen is not None, "losses", "a call of backward before", "none")
+        self._places(_scalars(losses))
         names, before = self._seen
-        need(list(losses) == names, "losses", f"those of {names}", list(losses))
-        after = _logarithms(torch.stack([losses[name].detach().reshape(()) for name in names]) - self.least, names)
-        z = self.logits.values[self._places(names)].softmax(0)
-        self.logits.move(z @ (before - after).to(z))
+        need(set(names) <= set(losses), "losses", f"those of {names}", list(losses))
+        losses = _finite({name: losses[name] for name in names}, self.on_nan)
+        after = _logarithms(torch.stack([loss.detach().reshape(()) for loss in losses.values()]) - self.least, losses)
+        z = self.logits.values[self._places(losses)].softmax(0)
+        self.logits.move(z @ (before[[name in losses for name in names]] - after).to(z))
         self._seen = None
 
 # %% ../nbs/21_balancing.ipynb #4eef7058
@@ -299,16 +362,30 @@ PIECE = 2 ** 15  # elements of each gradient that are multiplied at a time
 
 
 def _gram(rows):
-    "Inner products of gradients, each a list of tensors or None, (tasks, tasks) in double precision."
-    total = 0.
+    "Inner products of gradients, each a list of tensors or None: as fast as their directions are apart."
+    gram = _products(rows, torch.float32)
+    return gram if _apart(gram) else _products(rows, torch.float64)
+
+
+def _apart(gram):
+    "Can single precision tell the directions of these gradients apart, and hold their squares?"
+    gram = gram.cpu()
+    length = gram.diagonal().sqrt()
+    if not (gram.isfinite().all() and (length > 1e-15).all()): return False
+    return (torch.linalg.eigvalsh(gram / length / length[:, None])[0] > 1e-4).item()
+
+
+def _products(rows, least):
+    "Inner products of gradients in the precision that they have, or in `least`, as (tasks, tasks) in double."
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for parts in zip(*rows):
         some = next((g for g in parts if g is not None), None)
         if some is None: continue
         flat = [some.new_zeros(()).expand(some.numel()) if g is None else g.reshape(-1) for g in parts]
         for start in range(0, some.numel(), PIECE):
             piece = torch.stack([g[start:start + PIECE] for g in flat])
-            if piece.dtype in (torch.float16, torch.bfloat16): piece = piece.float()
-            total = total + (piece @ piece.T).double()
+            piece = piece.to(torch.promote_types(piece.dtype, least))
+            total = total.to(piece.device) + (piece @ piece.T).double()
     return total
 
 
@@ -326,25 +403,43 @@ def _add_up(rows, coefficients):
 
 def _plain_sum(rows): return _add_up(rows, [1.] * len(rows)), torch.ones(len(rows))
 
+
+class _Sparse(ValueError):
+    "A shared parameter has a sparse gradient."
+    def __init__(self, p): self.p = p
+
+
+class _NotFinite(ValueError):
+    "Gradients of some tasks are no finite numbers."
+    def __init__(self, tasks):
+        self.tasks = tasks
+        super().__init__(f"losses: finite gradients are expected, got NaN or infinity in {tasks}")
+
 # %% ../nbs/21_balancing.ipynb #774d4e36
-def _own_gradients(losses, shared):
+def _own_gradients(losses, shared, keep=False):
     "For each loss the gradients of `shared`, as a row; those of all other leaves are left in their .grad."
     before, rows = [p.grad for p in shared], []
     try:
         for i, loss in enumerate(losses, 1):
             for p in shared: p.grad = None
-            loss.backward(retain_graph=i < len(losses))
+            loss.backward(retain_graph=keep or i < len(losses))
             rows.append([p.grad for p in shared])
+            for p in shared:
+                if p.grad is not None and p.grad.layout != torch.strided: raise _Sparse(p)
+    except RuntimeError as error:
+        if "donated buffers" not in str(error): raise
+        raise ValueError("losses: a graph that allows several backward passes is expected, got a compiled part: give the "
+                         "representation, or set torch._functorch.config.donated_buffer = False") from error
     finally:
         for p, g in zip(shared, before): p.grad = g
     return rows
 
 
-def _own_slopes(losses, leaves, z):
+def _own_slopes(losses, leaves, z, keep=False):
     "For each loss the gradient of the representation, as a row of one; its `leaves` above that get theirs."
     rows = []
     for i, (loss, own) in enumerate(zip(losses, leaves), 1):
-        dz, *rest = torch.autograd.grad(loss, [z, *own.values()], retain_graph=i < len(losses))
+        dz, *rest = torch.autograd.grad(loss, [z, *own.values()], retain_graph=keep or i < len(losses))
         for p, g in zip(own.values(), rest): _accumulate(p, g)
         rows.append([dz])
     return rows
@@ -384,7 +479,9 @@ class GradientBalancer(Balancer):
     """Combines the gradients of the tasks with respect to the shared parameters.
 
     If `backward` is given the representation, the gradients that are compared are those with respect to it,
-    and the shared part sees one backward pass in all."""
+    and the shared part sees one backward pass in all. A task whose gradient is no finite number counts as
+    one whose loss is none: `on_nan` says what it does; to "skip" it, graphs are kept until the losses are gone.
+    Raises ValueError for sparse gradients."""
     def __init__(self,
         group=None,  # of processes that each have a part of the batch, as `torch.distributed.group.WORLD`
         on_nan: str = "raise",
@@ -402,20 +499,36 @@ class GradientBalancer(Balancer):
         return _add_up(rows, a.tolist()), a
 
     def _backward(self, losses, leaves, shared, z, scaler):
+        try: return self._combined(losses, leaves, shared, z, scaler)
+        except _NotFinite as error:
+            if self.on_nan == "raise" or len(error.tasks) == len(losses): raise
+            fine = [name not in error.tasks for name in losses]
+        losses = {name: loss for (name, loss), good in zip(losses.items(), fine) if good}
+        return self._combined(losses, [own for own, good in zip(leaves, fine) if good], shared, z, scaler)
+
+    def _combined(self, losses, leaves, shared, z, scaler):
         scaled = [loss if scaler is None else scaler.scale(loss) for loss in losses.values()]
-        scale = 1. if scaler is None else scaler.get_scale()
+        meeting, keep = _meeting(leaves, shared, z), self.on_nan == "skip"
+        together = {name: loss for (name, loss), meets in zip(losses.items(), meeting) if meets}
         touched = {key: p for own in leaves for key, p in own.items()}
         if z is None: touched = {key: p for key, p in touched.items() if key not in {id(p) for p in shared}}
         else: touched |= _leaves(z)[0] or {id(z): z}
         with _Apart(list(touched.values()), self.group):
-            rows = _own_gradients(scaled, shared) if z is None else _own_slopes(scaled, leaves, z)
-            gram = self._inner_products(rows, z) / scale ** 2
-            overflow = scaler is not None and not gram.isfinite().all()  # the scaler will see it, and skip the step
-            combined, a = _plain_sum(rows) if overflow else self.combine(rows, gram, losses)
+            rows = _own_gradients(scaled, shared, keep) if z is None else _own_slopes(scaled, leaves, z, keep)
+            rows = [row for row, meets in zip(rows, meeting) if meets]
+            combined, a = self._step(rows, together, z, scaler) if rows else ([], torch.ones(0))
             if z is not None: z.backward(combined[0])
         if z is None:
             for p, g in zip(shared, combined): _accumulate(p, g)
-        return a
+        return _among(meeting, a)
+
+    def _step(self, rows, losses, z, scaler):
+        "The combination and its coefficients; the plain sum where a scaler will see an overflow, and skip the step."
+        gram = self._inner_products(rows, z)
+        fine = gram.diagonal().isfinite().tolist()
+        if scaler is not None and not all(fine): return _plain_sum(rows)
+        if not all(fine): raise _NotFinite([name for name, good in zip(losses, fine) if not good])
+        return self.combine(rows, gram if scaler is None else gram / scaler.get_scale() ** 2, losses)
 
     def _inner_products(self, rows, z):
         "Of the gradients of the whole batch, over all processes."
@@ -429,17 +542,21 @@ class GradientBalancer(Balancer):
 
 # %% ../nbs/21_balancing.ipynb #ccfee5fd
 class FromGram(GradientBalancer):
-    "Coefficients by a rule that needs the Gram matrix alone."
+    """Coefficients by a rule that needs the Gram matrix alone.
+
+    Raises TypeError for anything but a function, and ValueError or TypeError where it gives no finite
+    coefficient for each task."""
     def __init__(self,
         rule: Callable,  # of the Gram matrix to coefficients, as in `sharetie.aggregation`
         group=None,
         on_nan="raise",
+        tasks: Sequence[str] | None = None,  # names; None: any
     ):
-        super().__init__(group, on_nan)
+        super().__init__(group, on_nan, tasks)
         need(callable(rule), "rule", "a function of the Gram matrix", rule, TypeError)
         self.rule = rule
 
-    def coefficients(self, gram, losses): return self.rule(gram)
+    def coefficients(self, gram, losses): return tensor(self.rule(gram), "what the rule gives", shape=(len(gram),), finite=True)
 
 # %% ../nbs/21_balancing.ipynb #343a994f
 class GradVac(GradientBalancer):
@@ -452,7 +569,7 @@ class GradVac(GradientBalancer):
         on_nan="raise",
     ):
         super().__init__(group, on_nan, tasks)
-        self.rate, self.generator = real(rate, "rate", low=0, high=1), generator
+        self.rate, self.generator = real(rate, "rate", low=0, high=1), checked_generator(generator)
         self.register_buffer("target", torch.zeros(len(self.tasks), len(self.tasks), dtype=torch.float64))
 
     def coefficients(self, gram, losses):
@@ -464,7 +581,9 @@ class GradVac(GradientBalancer):
 
 # %% ../nbs/21_balancing.ipynb #41c447cb
 class GradNorm(GradientBalancer):
-    "Weights that bring the gradients to lengths in proportion to what losses are left. Source: Chen et al. 2018."
+    """Weights that bring the gradients to lengths in proportion to what losses are left.
+
+    Raises ValueError for a first loss that is not positive. Source: Chen et al. 2018."""
     def __init__(self,
         tasks: Sequence[str],  # names
         alpha: float = 1.5,  # how much slow tasks come first; 0: all lengths equal
@@ -482,7 +601,9 @@ class GradNorm(GradientBalancer):
         at = self._places(losses)
         now = torch.stack([loss.detach() for loss in losses.values()]).to(self.first)
         if self.group is not None: _average([now], self.group)
-        self.first[at] = torch.where(self.first[at].isnan(), now, self.first[at])
+        first = torch.where(self.first[at].isnan(), now, self.first[at])
+        for name, loss in zip(losses, first.tolist()): need(loss > 0, f"losses[{name!r}]", "a first loss above 0", loss)
+        self.first[at] = first
         left = (now / self.first[at]).clamp(min=1e-12)
         weights = self.logits.values[at].softmax(0) * len(at)
         lengths = gram.diagonal().to(weights).clamp(min=1e-300).sqrt() * weights
@@ -492,14 +613,17 @@ class GradNorm(GradientBalancer):
 
 # %% ../nbs/21_balancing.ipynb #4cadf333
 class GradDrop(GradientBalancer):
-    "Per weight, the gradients of one sign. Source: Chen et al. 2020."
+    """Per weight, the gradients of one sign. No coefficients say that, so `backward` gives NaN for them.
+
+    Raises TypeError for anything but a generator. Source: Chen et al. 2020."""
     def __init__(self,
         generator: torch.Generator | None = None,  # on the device of the gradients; the same in all processes
         group=None,
         on_nan="raise",
+        tasks: Sequence[str] | None = None,  # names; None: any
     ):
-        super().__init__(group, on_nan)
-        self.generator = generator
+        super().__init__(group, on_nan, tasks)
+        self.generator = checked_generator(generator)
 
     def combine(self, rows, gram, losses):
         total = []
@@ -519,14 +643,17 @@ RULES = {"pcgrad": pcgrad, "mgda": mgda, "cagrad": cagrad, "imtl": imtl, "nash":
 
 def balancer(
     name: str,  # of a method, as in the table
-    tasks: Sequence[str] = (),  # names, for methods that remember tasks
-    **options,  # of the method
+    tasks: Sequence[str] | None = None,  # names; None: any, where a method remembers none
+    **options,  # of the method, or of the rule that it goes by
 ) -> Balancer:
     "A way to balance tasks by its name. Raises ValueError or TypeError for other names and options."
     one_of(name, "name", [*WITHOUT_TASKS, *WITH_TASKS, *RULES])
-    if name in WITH_TASKS: return WITH_TASKS[name](tasks, **options)
-    if name in RULES: return FromGram(RULES[name], **options)
-    return WITHOUT_TASKS[name](**options)
+    if name in WITH_TASKS: return WITH_TASKS[name](() if tasks is None else tasks, **options)
+    if name in WITHOUT_TASKS: return WITHOUT_TASKS[name](tasks=tasks, **options)
+    common = {key: options.pop(key) for key in ("group", "on_nan") if key in options}
+    rule = partial(RULES[name], **options)
+    rule(torch.eye(1))  # or bad options would show at the first step
+    return FromGram(rule, tasks=tasks, **common)
 
 # %% ../nbs/21_balancing.ipynb #e3d10c32
 def two_losses(

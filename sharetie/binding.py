@@ -19,7 +19,7 @@ from .errors import need, one_of
 from .finding import Map, Reshape, Scale, Slice, Tie, Ties, Transpose
 from .finding import _Walk, find_ties, places, view_map
 from .making import Declared, Function, declared_ties, tie_
-from .making import _aliases, _bind, _changeable, _declare, _keeper, _put, _what
+from .making import _aliases, _bind, _changeable, _compiled, _declare, _keeper, _put, _what
 from .sharing import _replace, share_module_, untie_
 
 # %% ../nbs/02_binding.ipynb #b8368f91
@@ -216,11 +216,12 @@ def keep_ties(
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
     for tie in check_ties(model, pseudo=True): _declare_found(model, tie)
-    if keeper := _keeper(model): keeper.on_conflict = on_conflict
+    inner, _ = _compiled(model)
+    if keeper := _keeper(inner): keeper.on_conflict = on_conflict
     else:
-        keeper = model._apply = _Keeper(model, on_conflict)
-        keeper.hooks = (model.register_load_state_dict_pre_hook(keeper.before_load),  # kept, so that their numbers
-                        model.register_load_state_dict_post_hook(keeper.after_load))  # survive pickling
+        keeper = inner._apply = _Keeper(inner, on_conflict)
+        keeper.hooks = (inner.register_load_state_dict_pre_hook(keeper.before_load),  # kept, so that their numbers
+                        inner.register_load_state_dict_post_hook(keeper.after_load))  # survive pickling
     return model
 
 

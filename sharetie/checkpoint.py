@@ -281,7 +281,7 @@ def _open_shards(path):
         where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = set(where.values())
         need(all(Path(file).name == file for file in files), "weight_map", "files beside the index", files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: no index of safetensors files ({error})") from error
     for file in sorted(files):
         if not (path.parent / file).is_file(): raise FileNotFoundError(f"{path}: the shard {file} is missing")
@@ -306,22 +306,34 @@ def _open_torch(path):
     except (RuntimeError, EOFError, OSError, LookupError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path}: damaged or truncated ({shown(str(error))})") from error
     tensors, others = {}, []
-    _flatten("", held, tensors, others, path)
+    try: _flatten("", held, tensors, others, path)
+    except RecursionError as error: raise ValueError(f"{path}: containers that do not hold themselves are expected") from error
     derived = {name: found._replace(kind="memory") for name, found in find_derived(tensors).items()}
     entries = {name: Entry(CODES.get(t.dtype, str(t.dtype)[6:]), tuple(t.shape))
                for name, t in tensors.items() if name not in derived}
     return _Held(entries, tensors.__getitem__, {}, [path], derived, others)
 
 # %% ../nbs/02_checkpoint.ipynb #eb4b830b
+def _no_numbers(tensor):
+    "What a tensor is that is not read as it is stored; None for a plain one."
+    if tensor.is_nested: return "a nested tensor"
+    if tensor.layout is not torch.strided: return f"a tensor of {tensor.layout}"
+    if tensor.is_quantized: return f"a tensor of {tensor.dtype}"
+    if tensor.is_meta: return "a tensor on the meta device"
+    return None if type(tensor) in (Tensor, nn.Parameter) else f"a {type(tensor).__name__}"
+
+
 def _flatten(name, held, tensors, others, path):
     "Collect the tensors in containers, by the keys that lead to them."
     if isinstance(held, Tensor):
         if name in tensors: raise ValueError(f"{path}: two tensors are called {name}")
+        if kind := _no_numbers(held): raise ValueError(f"{path}: {name or 'tensor'}: numbers are expected, got {kind}; "
+                                                       "load it in Python, and save plain tensors")
         tensors[name or "tensor"] = held
     elif isinstance(held, (dict, list, tuple)):
         for key, item in held.items() if isinstance(held, dict) else enumerate(held):
             _flatten(f"{name}.{key}".lstrip("."), item, tensors, others, path)
-    else: others.append(name)
+    else: others.append(name or type(held).__name__)
 
 # %% ../nbs/02_checkpoint.ipynb #44d03137
 class _Held(NamedTuple):
@@ -367,7 +379,7 @@ class Checkpoint:
         path: str | Path,
     ):
         self.path = file_path(path)
-        self.entries, self._read, self.metadata, self.paths, self.derived, self.others = held = _open(self.path)
+        self.entries, self._read, self.metadata, self.paths, self.derived, self.others = held = self._opened()
         self.derived, self.broken, text = dict(self.derived), [], self.metadata.get(KEY)
         ties, self.modules = ([], []) if text is None else read_ties(path, text)
         for name, derived in ties:
@@ -376,6 +388,8 @@ class Checkpoint:
             elif name not in self.entries: self.derived[name] = derived
         self.hints = {name: Derived(source) for name, source in self.metadata.items()  # of safetensors' save_model
                       if source in self.entries and name not in {KEY, *self.entries, *self.derived}}
+
+    def _opened(self): return _open(self.path)
 
     @property
     def names(self) -> list[str]:

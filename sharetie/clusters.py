@@ -29,22 +29,28 @@ class _Sorted:
             used = weights.detach().flatten() > 0  # what weighs nothing has no say
             flat, order = flat[used].sort()
             h = weights.detach().flatten()[used][order].double()
-        v = (_ascending(flat) if h is None else flat).double()
-        self.starts = torch.cat([v.new_zeros(1, dtype=torch.long), (v[1:] != v[:-1]).nonzero()[:, 0] + 1])
-        h = torch.ones_like(v) if h is None else h
-        self.scale = v[[0, -1]].abs().max().clamp(min=torch.finfo(torch.double).tiny)
-        self.shift = (h * (v / self.scale)).sum() / h.sum()
-        self.h, self.v = h, self.scaled(v)
-        self.sums = [torch.cat([v.new_zeros(1), t.cumsum(0)]) for t in (h, h * self.v, h * self.v.square())]
+        self.plain = flat if h is not None else _ascending(flat)
+        self.starts = torch.cat([flat.new_zeros(1, dtype=torch.long), (self.plain[1:] != self.plain[:-1]).nonzero()[:, 0] + 1])
+        self.ends = self.starts.new_tensor([0, len(self.plain)])
+        self.scale = self.plain[[0, -1]].double().abs().max().clamp(min=torch.finfo(torch.double).tiny)
+        self.shift = self.scale.new_zeros(())
+        v = self.scaled(self.plain)
+        self.shift = v.mean() if h is None else (h * v).sum() / h.sum()
+        self.h, self.v = h, v.sub_(self.shift)
+        self.sums = v.new_zeros(3, len(v) + 1)
+        if h is None: torch.arange(len(v) + 1, out=self.sums[0])
+        else: torch.cumsum(h, 0, out=self.sums[0, 1:])
+        torch.cumsum(v if h is None else h * v, 0, out=self.sums[1, 1:])
+        torch.cumsum(v.square() if h is None else h * v.square(), 0, out=self.sums[2, 1:])
 
-    def scaled(self, values): return values.double() / self.scale - self.shift
+    def scaled(self, values): return values.to(torch.double, copy=True).div_(self.scale).sub_(self.shift)
     def unscaled(self, values): return (values + self.shift) * self.scale
 
 # %% ../nbs/42_clusters.ipynb #c159aac3
 def _cost(sums, a, b):
     "What is lost if the sorted values from a to b are one group."
-    w, s, q = (t[b] - t[a] for t in sums)
-    return (q - s * s / w).clamp(min=0)
+    w, s, q = (t.take(b) - t.take(a) for t in sums)
+    return (q - s * s / w).clamp_(min=0)
 
 # %% ../nbs/42_clusters.ipynb #57b650c3
 def _segment_minima(cost, b, low, high):
@@ -89,14 +95,13 @@ def _best_edges(sums, k):
 # %% ../nbs/42_clusters.ipynb #9321ec16
 def _edges(data, centers):
     "Where the values go over from one center to the next."
-    ends = torch.tensor([0, len(data.v)], device=centers.device)
     inner = torch.searchsorted(data.v, (centers[1:] + centers[:-1]) / 2)
-    return torch.cat([ends[:1], inner, ends[1:]])
+    return torch.cat([data.ends[:1], inner, data.ends[1:]])
 
 
 def _means(data, edges, otherwise):
     "The mean of each group; of an empty one what it was."
-    w, s, _ = (t[edges].diff() for t in data.sums)
+    w, s = data.sums[:2, edges].diff()
     return torch.where(w > 0, s / w, otherwise)
 
 
@@ -183,7 +188,7 @@ def _optimal(data, k, bins):
     bins = len(data.starts) if bins is None else max(bins, 4 * k)
     exact = len(data.starts) <= bins
     places = torch.cat([data.starts, data.starts.new_tensor([len(data.v)])]) if exact else _places(data, bins)
-    edges = places[_best_edges([t[places] for t in data.sums], k)]
+    edges = places[_best_edges(data.sums[:, places], k)]
     centers = _lloyd(data, _means(data, edges, data.v.new_zeros(k)))
     while not exact and k > 1:
         edges = _edges(data, centers)
@@ -215,6 +220,14 @@ def _check(values, k, weights, init, bins):
     need(weights.max() > 0, "weights", "a number above 0", weights)
 
 # %% ../nbs/42_clusters.ipynb #96066b8c
+def _codes(data, values, centers, edges):
+    "The group of each value."
+    if data.h is not None:  # values that weigh nothing are not among the sorted ones
+        return torch.bucketize(data.scaled(values), (centers[1:] + centers[:-1]) / 2, right=True)
+    firsts = torch.cat([data.plain, data.plain.new_full((1,), torch.inf)])[edges[1:-1]]
+    return torch.bucketize(values, firsts, right=True)
+
+
 @torch.no_grad()
 def kmeans_1d(
     values: Tensor,  # floating point, of any shape
@@ -236,7 +249,7 @@ def kmeans_1d(
     elif init == "optimal": centers = _optimal(data, k, bins)
     else: centers = _lloyd(data, _start(data, k, init, generator))
     edges = _edges(data, centers)
-    off = data.v - centers.repeat_interleave(edges.diff())
-    error = (data.h * off.square()).sum() * data.scale**2
-    codes = torch.bucketize(data.scaled(values.detach()), (centers[1:] + centers[:-1]) / 2, right=True)
+    off = data.v.sub_(centers.repeat_interleave(edges.diff())).square_()
+    error = (off if weights is None else off.mul_(data.h)).sum() * data.scale**2
+    codes = _codes(data, values.detach(), centers, edges)
     return Clusters(codes, data.unscaled(centers).to(values.dtype), error.item())

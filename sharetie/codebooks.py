@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 from .binding import _Whole
 from .clusters import kmeans_1d
 from .errors import match_names, need, one_of, tensor, whole
-from .finding import places
+from .finding import module_paths, places
 from .making import _changeable, _copyable
+from .masks import _inner, _redeclare
 
 # %% ../nbs/42_codebooks.ipynb #5da1a869
 def compression_rate(
@@ -143,17 +144,22 @@ def cluster_(
         kinds = {(g[0].tensor.dtype, g[0].tensor.device) for g in part}
         need(len(kinds) == 1, "scope", "'layer' for weights of several types or devices", scope)
     plans = [_plan(part, k, weights, init, zero, generator) for part in sets]
-    with _Whole(model):
-        for source, members in plans:
-            for group, lookup in members: _install(group, lookup, source)
+    _compute(model, [(group, lookup, source) for source, members in plans for group, lookup in members])
     return model
 
 
-def _install(group, lookup, source):
-    "Put one look-up and its codebook where a parameter was."
+def _compute(model, plans):
+    "Let parameters, in all of their places, be computed by a map from a source, all or none; declared ties follow."
+    with _Whole(model):
+        for group, map, source in plans: _install(group, map, source)
+        _redeclare(model, {place.name: _inner(place.name) for group, *_ in plans for place in group}, {})
+
+
+def _install(group, map, source):
+    "Put a map and its source where a parameter was."
     for owner, attribute in dict.fromkeys((p.owner, p.attribute) for p in group):
         if parametrize.is_parametrized(owner): _copyable(owner)
-        parametrize.register_parametrization(owner, attribute, lookup, unsafe=True)
+        parametrize.register_parametrization(owner, attribute, map, unsafe=True)
         owner.parametrizations[attribute].original = source
         _copyable(owner)
 
@@ -196,4 +202,7 @@ def decode_(
             owner.parametrizations[attribute].original = nn.Parameter(source.clone())
             parametrize.remove_parametrizations(owner, attribute)
             setattr(owner, attribute, value)
+    plain = {name for at in found.values() for name in at}
+    names = [f"{path}.{attribute}".lstrip(".") for path, owner in module_paths(model) for at, attribute in plain if at is owner]
+    _redeclare(model, {_inner(name): name for name in names}, {})
     return model

@@ -9,6 +9,7 @@ __all__ = ['main', 'ties', 'dedup']
 import json
 import sys
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -43,7 +44,19 @@ def _size(count):
     return f"{count:.1f} TB"
 
 # %% ../nbs/02_command.ipynb #c3cf85ed
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_LATER = {"compress": "sharetie.compression", "decompress": "sharetie.compression"}
+
+
+class _Commands(click.Group):
+    "Commands, of which those in `_LATER` are in a module that is imported when one of them is asked for."
+    def list_commands(self, ctx): return sorted({*super().list_commands(ctx), *_LATER})
+
+    def get_command(self, ctx, name):
+        if name in _LATER: return getattr(import_module(_LATER[name]), f"{name}_command")
+        return super().get_command(ctx, name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version=sharetie.__version__, prog_name="sharetie")
 def main():
     "Weights that are shared, in checkpoints: safetensors, an index of shards, or files of torch.save."

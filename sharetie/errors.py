@@ -147,7 +147,7 @@ def tensor(
     ndim: int | None = None,  # number of axes; None for any
     shape: tuple | None = None,  # length of each axis, None for any; None for any shape
     filled: bool = False,  # must it have at least one element?
-    finite: bool = False,  # must every number be finite?
+    finite: bool = False,  # must every number be finite? On the meta device there are none
 ) -> Tensor:  # as it came
     "A tensor that fits; TypeError for another kind or type, ValueError for another shape or numbers."
     kind = {None: "a tensor", True: "a floating point tensor", False: "a tensor of whole numbers"}
@@ -160,7 +160,7 @@ def tensor(
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         need(fine, argument, f"a tensor of shape ({wanted})", size)
     if filled: need(value.numel() > 0, argument, "a tensor with at least one element", size)
-    if finite and (bad := int((~value.isfinite()).sum())):
+    if finite and not value.is_meta and (bad := int((~value.isfinite()).sum())):
         raise ValueError(f"{argument}: finite numbers are expected, got {bad} of {value.numel()} "
                          "that are NaN or infinite")
     return value

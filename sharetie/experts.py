@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import need, one_of, whole
-from .routing import Plan, _no_autocast
+from .routing import Plan, _computed_in, _no_autocast
 
 # %% ../nbs/30_experts.ipynb #b2b7ba55
 _FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -81,6 +81,10 @@ class _Stacked(nn.Module):
         for name, p in self.named_parameters():
             width = self.dim if name.endswith("in") else self.hidden
             nn.init.uniform_(p, -width ** -.5, width ** -.5)
+
+    def computed_in(self, x):
+        "The dtype that tokens are computed in; raises TypeError for tokens that do not fit."
+        return _computed_in(x, self.w_in, "tokens of {}, as the experts")
 
     def extra_repr(self):
         return f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, expert={self.expert!r}"
@@ -172,8 +176,9 @@ def _(grad, hidden, x, weight, ends, token, slot, row, first, w_in, b_in, w_out,
 
 class _Segments(torch.autograd.Function):
     "The two operators as one function with its derivative."
+    # They are called by name: running this cell again, here or in a reloaded module, frees the old definitions.
     @staticmethod
-    def forward(*inputs): return _forward(*inputs, True)
+    def forward(*inputs): return torch.ops.sharetie.experts(*inputs, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -185,7 +190,8 @@ class _Segments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         hidden, *tensors = ctx.saved_tensors
-        dx, dweight, dw_in, dw_out, db_in, db_out = _backward(grad.contiguous(), hidden, *tensors, ctx.expert)
+        dx, dweight, dw_in, dw_out, db_in, db_out = torch.ops.sharetie.experts_backward(
+            grad.contiguous(), hidden, *tensors, ctx.expert)
         db_in, db_out = (None if b is None else d for b, d in ((tensors[8], db_in), (tensors[10], db_out)))
         return dx, dweight, *[None] * 5, dw_in, db_in, dw_out, db_out, None
 
@@ -256,18 +262,14 @@ class Experts(_Stacked):
         plan: Plan,
     ) -> Tensor:  # (tokens, dim)
         "The weighted sum of what the experts make of each token."
+        dtype = self.computed_in(x)
         parts = [x, self.w_in, self.b_in, self.w_out, self.b_out]
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            parts = [part if part is None else part.to(dtype) for part in parts]
-        x, *weights = parts
-        dtype = weights[0].dtype
-        need(x.dtype == dtype, "x", f"tokens of {dtype}, as the experts are,", x.dtype, TypeError)
+        x, *weights = [part if part is None else part.to(dtype) for part in parts]
         with _no_autocast(x.device):
             if self._groups(x, len(plan.token)): return _grouped(x, weight, plan, *weights, self.expert)
             arguments = x, weight, *plan, *weights, self.expert
             if torch.is_grad_enabled(): return _Segments.apply(*arguments)[0]
-            return _forward(*arguments, False)[0]
+            return torch.ops.sharetie.experts(*arguments, False)[0]
 
     def _groups(self, x, rows):
         "Are grouped products to be used?"

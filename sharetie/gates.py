@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import need, nonnegative, real, tensor, whole
 from .mixtures import *
-from .mixtures import _numbers, _owned
+from .mixtures import _checked_input, _numbers, _owned
 
 # %% ../nbs/31_gates.ipynb #f18b426d
 _all_ = ["BATCHABLE", "CGC", "Gate", "Gated", "Hearing", "Level", "MMoE", "OMoE", "PLE", "alike", "by_level",
@@ -28,8 +28,11 @@ def smooth_step(
     t: Tensor,
     width: float = 1.,  # γ > 0, over which it rises from 0 to 1
 ) -> Tensor:
-    "A cubic from exactly 0 to exactly 1. Raises ValueError for no width. Source: Hazimeh et al. 2021."
-    need(width > 0, "width", "a number above 0", width)
+    """A cubic from exactly 0 to exactly 1. Source: Hazimeh et al. 2021.
+
+    Raises TypeError or ValueError for anything but a floating point tensor and a width above 0."""
+    tensor(t, "t", floating=True)
+    real(width, "width", above=0)
     s = (t / width).clamp(-.5, .5)
     return (1.5 - 2 * s * s) * s + .5
 
@@ -37,7 +40,8 @@ def smooth_step(
 class DSelectGate(nn.Module):
     """A gate of k smooth choices. After a batch, `.selectors` has the weights of each, (..., k, n).
 
-    Raises TypeError or ValueError for bad numbers. Source: Hazimeh et al. 2021."""
+    Raises TypeError or ValueError for bad numbers, and for inputs of another type or width.
+    Source: Hazimeh et al. 2021."""
     def __init__(self,
         n: int,  # experts
         k: int = 2,  # at most so many of them, when the steps have arrived
@@ -65,7 +69,8 @@ class DSelectGate(nn.Module):
     def forward(self,
         x,  # (..., dim); anything for a static gate
     ) -> Tensor:  # (..., n), or (n,) of a static gate
-        z, a = (self.bits, self.share) if self.dim is None else (self.bits(x), self.share(x))
+        if self.dim is None: z, a = self.bits, self.share
+        else: z, a = self.bits(_checked_input(self.bits, x)), self.share(x)
         s = smooth_step(z.unflatten(-1, (self.k, -1)) if self.dim else z, self.width)[..., None, :]
         self.selectors = torch.where(self.codes, s, 1 - s).prod(-1)
         return (a.softmax(-1)[..., None] * self.selectors).sum(-2)
@@ -78,7 +83,7 @@ def selection_penalty(
     entropy: float = 0.,  # λ of the entropy of each selector
     reach: float = 1.,  # ξ of what keeps to numbers that have an expert, where some have none
 ) -> Tensor:  # scalar, mean over examples
-    """What pushes selectors to choose, and to choose what is there. Source: Hazimeh et al. 2021.
+    """What pushes selectors to choose, and to choose what is there; 0 for no examples. Source: Hazimeh et al. 2021.
 
     Raises TypeError or ValueError for another tensor and negative strengths."""
     need(tensor(selectors, "selectors", floating=True).ndim > 1, "selectors", "a tensor of (..., k, n)", selectors)
@@ -86,7 +91,7 @@ def selection_penalty(
     n, tiny = selectors.shape[-1], 1e-6
     total = -entropy * (selectors * (selectors + tiny).log()).sum((-1, -2))
     if n & n - 1: total = total + reach * (1 / (selectors.sum(-1) + tiny)).sum(-1)
-    return total.mean()
+    return total.sum() / max(total.numel(), 1)
 
 # %% ../nbs/31_gates.ipynb #b52a2d10
 class DSelectK(MMoE):

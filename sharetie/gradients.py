@@ -91,9 +91,13 @@ def chain_norms(
     tensor(factors, "factors", floating=True, ndim=4, filled=True)
     need(factors.shape[2] == factors.shape[3], "factors", "square matrices",
          tuple(factors.shape))
-    product = torch.eye(factors.shape[-1]).to(factors).expand(factors.shape[1:])
-    products = [product] + [product := product @ factor for factor in factors.flip(0)]
-    return torch.linalg.matrix_norm(torch.stack(products), 2)
+    wide = factors.double()  # products of many factors grow beyond single precision
+    product = torch.eye(factors.shape[-1]).to(wide).expand(wide.shape[1:])
+    products = torch.stack([product] + [product := product @ factor for factor in wide.flip(0)])
+    known = products.isfinite().flatten(2).all(2)
+    norms = torch.where(products.isnan().flatten(2).any(2), torch.nan, torch.inf).to(wide)
+    norms[known] = torch.linalg.matrix_norm(products[known], 2)
+    return norms.to(factors.dtype)
 
 # %% ../nbs/11_gradients.ipynb #5dff360b
 def chain_bound(
@@ -108,8 +112,8 @@ def chain_bound(
     tensor(weight, "weight", floating=True, ndim=2, filled=True, finite=True)
     need(weight.shape[0] == weight.shape[1], "weight", "a square matrix", tuple(weight.shape))
     whole(steps, "steps", 0), real(slope, "slope", above=0)
-    largest = torch.linalg.matrix_norm(weight.detach(), 2)
-    return (slope * largest) ** torch.arange(steps + 1, device=weight.device)
+    largest = torch.linalg.matrix_norm(weight.detach().double(), 2)
+    return ((slope * largest) ** torch.arange(steps + 1, device=weight.device)).to(weight.dtype)
 
 # %% ../nbs/11_gradients.ipynb #9113d2ec
 def _parts(module, kinds, expected):
@@ -117,6 +121,10 @@ def _parts(module, kinds, expected):
     need(isinstance(module, nn.Module), "module", "a module", type(module), TypeError)
     found = [part for part in module.modules() if isinstance(part, kinds)]
     need(found, "module", expected, type(module).__name__)
+    usual = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"]  # of a cell
+    computed = [name for part in found for name in getattr(part, "_flat_weights_names", usual)
+                if name not in part._parameters]
+    need(not computed, "module", "cells with weights of their own", f"{computed} that are computed")
     return found
 
 
@@ -132,7 +140,7 @@ def identity_(
 ) -> nn.Module:  # the same
     """Start simple recurrent cells and layers with a multiple of the identity, and without biases.
 
-    Raises ValueError, and changes nothing, where there is none, or one with gates.
+    Raises ValueError, and changes nothing, where there is none, one with gates, or computed weights.
     Source: Le, Jaitly and Hinton 2015, for rectified units."""
     real(scale, "scale")
     parts = _parts(module, (nn.RNNBase, nn.RNNCellBase), "one with recurrent cells or layers")
@@ -152,7 +160,7 @@ def forget_bias_(
 ) -> nn.Module:  # the same
     """Set the bias of the forget gates of all LSTM cells and layers in a module.
 
-    Raises ValueError, and changes nothing, where there is none, or one without biases.
+    Raises ValueError, and changes nothing, where there is none, one without biases, or computed ones.
     Source: Gers, Schmidhuber and Cummins 2000; Jozefowicz, Zaremba and Sutskever 2015."""
     value = real(value, "value")
     parts = _parts(module, (nn.LSTM, nn.LSTMCell), "one with LSTM cells or layers")
@@ -170,11 +178,13 @@ def orthogonal_(
 ) -> nn.Module:  # the same
     """Start recurrent weights of cells and layers with random orthogonal matrices, one per gate.
 
-    Raises ValueError, and changes nothing, where there is none.
+    Raises ValueError, and changes nothing, where there is none, or weights are computed.
     Source: Saxe, McClelland and Ganguli 2014."""
     gain = real(gain, "gain", above=0)
     for part in _parts(module, (nn.RNNBase, nn.RNNCellBase),
                        "one with recurrent cells or layers"):
         for weight in _named(part, "weight_hh"):
-            for gate in weight.split(part.hidden_size): nn.init.orthogonal_(gate, gain)
+            for gate in weight.split(part.hidden_size):
+                wide = torch.empty_like(gate, dtype=torch.promote_types(gate.dtype, torch.float32))
+                gate.copy_(nn.init.orthogonal_(wide, gain))
     return module

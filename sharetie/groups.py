@@ -208,6 +208,7 @@ def ensemble(
 
     The stacked tensors are copies. Raises ValueError for no model, and for models that differ in type,
     mode, ties or shapes."""
+    need(isinstance(models, Iterable), "models", "a list of models", models, TypeError)
     models = list(models)
     need(models, "models", "at least one model", models)
     kinds = [_alike(model) for model in models]

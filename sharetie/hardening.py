@@ -18,6 +18,7 @@ from .binding import _Whole
 from .distances import _accurate
 from .errors import need, tensor, whole
 from .finding import places
+from .groups import functional
 from .making import _put, _tie_all
 from .penalty import TiePenalty, _is_penalty
 from .pulls import _check_apart
@@ -177,10 +178,11 @@ def _fisher(model, x, chunk):
     except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"x: examples that the model takes are expected, got shape {tuple(x.shape)}: {error}") from error
     need(len(shape) == 2, "model", "a classifier whose output has shape (b, classes)", shape)
-    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    call, held = functional(model)
+    parameters = {name: p.detach() for name, p in held.items()}
 
     def log_likelihoods(p, example):
-        return F.log_softmax(torch.func.functional_call(model, p, (example[None],)), dim=-1)[0]
+        return F.log_softmax(call(p, example[None]), dim=-1)[0]
 
     def squares(example):
         weight = log_likelihoods(parameters, example).exp()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .attention import Attention
-from .errors import need, one_of, whole
+from .errors import need, one_of, tensor, whole
 from .finding import module_paths
 from .making import _changeable
 from .surgery import no_views, sites
@@ -161,6 +161,8 @@ def group_heads_(
     for at in found:
         fine = at.kv_heads % groups == 0
         need(fine, "groups", f"a divisor of the {at.kv_heads} heads of keys and values of {at.path!r}", groups)
+    for at in found:
+        for part in ("q", "k", "v"): tensor(at.maps[part].weight, f"{at.path}: weight of {part}", finite=True)
     for old, new, _ in _planned(model, found, groups, how): old.grad, old.data = None, new
     for at in found: _note(at, groups)
     return model

@@ -49,13 +49,16 @@ class Weights(NamedTuple):
 def active_weights(
     model: nn.Module,
 ) -> Weights:
-    "Parameters that a model stores, and those that work on one token; raises TypeError for no module."
+    """Parameters that a model stores, and those that work on one token; raises TypeError for no module.
+
+    Experts that several layers share count once, as in the layer that uses most of them."""
     need(isinstance(model, nn.Module), "model", "a module", model, TypeError)
-    stored = active = sum(p.numel() for p in model.parameters())
+    stored, idle = sum(p.numel() for p in model.parameters()), {}
     for layer in [part for part in model.modules() if isinstance(part, MoE)]:
-        router, number = layer.router, sum(p.numel() for p in layer.experts.parameters())
-        active -= number - number * router.top_k // router.num_experts
-    return Weights(stored, active)
+        number, k = layer.router.num_experts, layer.router.top_k
+        for p in layer.experts.parameters():
+            idle[id(p)] = min(idle.get(id(p), stored), p.numel() * (number - k) / number)
+    return Weights(stored, stored - round(sum(idle.values())))
 
 # %% ../nbs/33_language.ipynb #ab948565
 def auxiliary_loss(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .binding import _Whole
-from .errors import match_names, need, one_of, whole
+from .errors import match_names, need, one_of, tensor, whole
 from .finding import Map, Ties, find_ties, module_paths, places
 from .making import _changeable, _computed, _put, _unbind, _what
 from .making import declared_ties, tie_
@@ -212,6 +212,7 @@ def _mean(members):
     tensors = [place.tensor.detach() for place in members]
     fine = tensors[0].is_floating_point()
     need(fine, "values", f"'first' for {members[0].name} of {tensors[0].dtype}", "mean")
+    for place in members: tensor(place.tensor, place.name, finite=True)
     return torch.stack([t.double() for t in tensors]).mean(0)
 
 # %% ../nbs/12_layers.ipynb #a092eca8

@@ -276,6 +276,7 @@ def unshare(
     with torch.no_grad():
         local.weight.copy_(own)
         if conv.bias is not None: local.bias.copy_(conv.bias)
+    for name, made in local.named_parameters(): made.requires_grad_(getattr(conv, name).requires_grad)
     return local.train(conv.training)
 
 # %% ../nbs/10_local.ipynb #3afcd3c4

@@ -77,9 +77,15 @@ def _keeper(module):
     return keeper if hasattr(keeper, "before_load") else None
 
 # %% ../nbs/02_making.ipynb #af5423a5
+def _compiled(model):
+    "The model inside of the wrapper of `torch.compile`, which hands on what is set on it; and what it puts before names."
+    return (model._orig_mod, "_orig_mod.") if hasattr(model, "_orig_mod") else (model, "")
+
+
 def _declare(model, new):
     "Remember a tie, joined with those that it has a name, or source and map, in common with."
-    names, rest = list(new.names), []
+    model, prefix = _compiled(model)
+    names, rest = [name.removeprefix(prefix) for name in new.names], []
     for old in model.__dict__.get("_declared_ties", ()):
         alike = old.kind == new.kind and old.map is new.map
         if alike and (old.names[0] == names[0] if new.map else set(old.names) & set(names)):
@@ -222,7 +228,10 @@ def _check_alike(source, place, first, map):
 def _check_members(members, map, trained):
     "Raise unless members are of one kind, alike, and all or none of them trained."
     source, *others = members
-    for place in members: _need_shape(place.name, place.tensor)
+    for place in members:
+        _need_shape(place.name, place.tensor)
+        fine = map is None or not place.tensor.is_inference()
+        need(fine, "members", "tensors that autograd can follow (for a map)", f"{place.name!r}, made in inference mode")
     kinds = {place.name: place.kind for place in members}
     if len(set(kinds.values())) > 1:
         raise ValueError(f"members: Parameters and buffers cannot be tied, got {kinds}")

@@ -9,13 +9,15 @@ __all__ = ['BATCHABLE', 'alike', 'together', 'Gate', 'mixed', 'Hearing', 'Level'
 # %% ../nbs/31_mixtures.ipynb #c61056a9
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .errors import function, need, whole
+from .errors import function, need, tensor, whole
+from .routing import _computed_in
 from .tasks import Multitask, checked_trunk, towers_of
 
 # %% ../nbs/31_mixtures.ipynb #b77d5fff
@@ -63,9 +65,45 @@ def together(
     if not own: return vmap(one, (0, None), randomness="different")(weights, x)
     return vmap(one, randomness="different")(weights, torch.stack(x))
 
+# %% ../nbs/31_mixtures.ipynb #aff393ec
+# Where parts have the features of their inputs, and how many they want there.
+_FEATURES = {nn.Linear: ("in_features", -1), nn.RNNBase: ("input_size", -1), nn.Conv1d: ("in_channels", -2),
+             nn.Conv2d: ("in_channels", -3)}
+_SHAPELESS = (nn.Identity, nn.Dropout, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
+
+
+def _entry(module):
+    "What an input meets first in a chain of modules: a part with weights, and a flattening before it, or None."
+    flatten, chain = None, [module]
+    while chain:
+        part, *chain = chain
+        if type(part) is nn.Sequential: chain = [*part, *chain]
+        elif type(part) is nn.Flatten: flatten = part
+        elif type(part) not in _SHAPELESS: return part, flatten
+    return None, flatten
+
+
+def _checked_input(module, x, argument="x"):
+    "An input, if it fits the first part with weights; raises TypeError or ValueError where that part tells."
+    part, flatten = _entry(module)
+    kind = next((kind for kind in _FEATURES if isinstance(part, kind)), None)
+    if kind is None: return x
+    name, axis = _FEATURES[kind]
+    tensor(x, argument, floating=True)
+    shape, number = tuple(x.shape), getattr(part, name)
+    if flatten is not None: need(len(shape) > flatten.start_dim, argument, "a batch to flatten", shape)
+    seen = shape if flatten is None else tuple(flatten(x).shape)
+    fine = len(seen) >= -axis and seen[axis] == number
+    after = "" if flatten is None else " after flattening"
+    need(fine, argument, f"an input of {number} features on axis {axis}{after}", shape)
+    _computed_in(x, next(part.parameters()), "inputs of {}, as the weights")
+    return x
+
 # %% ../nbs/31_mixtures.ipynb #aa5afad4
 class Gate(nn.Module):
-    "A softmax gate: weights of n experts, from an input. Source: Ma et al. 2018."
+    """A softmax gate: weights of n experts, from an input. Source: Ma et al. 2018.
+
+    Raises TypeError or ValueError for bad numbers, and for inputs of another type or width."""
     def __init__(self,
         dim: int,  # features of an input
         n: int,  # experts
@@ -78,7 +116,7 @@ class Gate(nn.Module):
     def forward(self,
         x: Tensor,  # (..., dim)
     ) -> Tensor:  # (..., n), at least 0, of sum 1
-        return self.linear(x).softmax(-1)
+        return self.linear(_checked_input(self.linear, x)).softmax(-1)
 
 # %% ../nbs/31_mixtures.ipynb #2bb73609
 def _width(expert):
@@ -94,8 +132,9 @@ def _width(expert):
 def _gates(gate, expert):
     "A function that makes gates: the one given, or that of softmax gates for an expert's inputs."
     if gate is None:
-        width, like = _width(expert), next(expert.parameters())
-        return lambda n: Gate(width, n, device=like.device, dtype=like.dtype)
+        width, like, flatten = _width(expert), next(expert.parameters()), _entry(expert)[1]
+        def softmax(n): return Gate(width, n, device=like.device, dtype=like.dtype)
+        return softmax if flatten is None else lambda n: nn.Sequential(deepcopy(flatten), softmax(n))
     function(gate, "gate", ["n"])
     def make(n):
         made = gate(n)
@@ -168,8 +207,11 @@ class Level(Hearing):
         z,  # an input for all units; after the first level, inputs by unit
         units: Sequence[str],  # who is asked
     ) -> dict[str, Tensor]:  # by unit
-        rows, weights, answers = self.rows(units), self.weights(z, units), {}
+        rows = self.rows(units)
         own = z if self.first else [z[self.owners[i]] for i in rows]
+        for i, row in zip(rows[:1], [z]) if self.first else zip(rows, own):
+            _checked_input(self.experts[i], row, "x" if self.first else f"{self.owners[i]!r} of the level before")
+        weights, answers = self.weights(z, units), {}
         y = together([self.experts[i] for i in rows], own, not self.first)
         for heard in dict.fromkeys(tuple(self.hears[u]) for u in units):
             same = [u for u in units if tuple(self.hears[u]) == heard]

@@ -19,6 +19,7 @@ from .errors import need, one_of, real, tensor, whole
 from .experts import *
 from .experts import _EXPERTS, _activate
 from .routing import *
+from .routing import _check_beside, _room, _sizes, _without_padding
 
 # %% ../nbs/30_moe.ipynb #ba5d9651
 _all_ = ["Routing", "Router", "TopK", "NoisyTopK", "Balanced", "update_biases_", "ExpertChoice", "Hash",
@@ -26,54 +27,84 @@ _all_ = ["Routing", "Router", "TopK", "NoisyTopK", "Balanced", "update_biases_",
          "load_loss", "router_z_loss", "statistics", "FeedForward", "Experts"]
 
 # %% ../nbs/30_moe.ipynb #3e8f3339
-_ROUTERS = {"topk": TopK, "noisy": NoisyTopK, "balanced": Balanced, "expert choice": ExpertChoice}
+_ROUTERS = {"topk": TopK, "noisy": NoisyTopK, "balanced": Balanced, "expert choice": ExpertChoice, "hash": Hash}
 
 
-def _router(router, dim, num_experts, top_k, options):
+def _router(router, dim, num_experts, top_k, vocabulary, options):
     "A router by its name, or the one given, checked."
+    if router == "soft": raise ValueError("router: 'soft' is a layer of its own, SoftMoE")
+    if router == "hash":
+        need(vocabulary is not None, "vocabulary", "the number of different ids, for router 'hash',", None)
+        return Hash(dim, num_experts, top_k, vocabulary, device=options["device"])
+    need(vocabulary is None, "vocabulary", "None for a router other than 'hash'", vocabulary)
     if isinstance(router, str):
         return _ROUTERS[one_of(router, "router", _ROUTERS)](dim, num_experts, top_k, **options)
-    fine = isinstance(router, nn.Module) and hasattr(router, "route")
-    need(fine, "router", f"one of {', '.join(map(repr, _ROUTERS))} or a Router", router, TypeError)
+    need(isinstance(router, Router), "router", f"one of {', '.join(map(repr, _ROUTERS))} or a Router", router, TypeError)
     asked = {"dim": dim, "num_experts": num_experts, "top_k": top_k}
-    has = {name: getattr(router, name) for name in asked}
+    has = {name: getattr(router, name, None) for name in asked}
     need(has == asked, "router", f"one of {asked}", has)
     return router
 
 
+def _in_line(x, dim, mask, ids):
+    "Tokens (tokens, dim), with their mask and ids, checked."
+    tensor(x, "x", floating=True)
+    need(x.ndim > 0 and x.shape[-1] == dim, "x", f"tokens of width {dim}", tuple(x.shape))
+    _check_beside(x, mask, ids)
+    return x.reshape(-1, dim), *(given if given is None else given.flatten() for given in (mask, ids))
+
+
 def _decide(layer, x, mask, ids):
-    "Where tokens (tokens, dim) go, within the room that experts have, and the plan of their rows."
-    mask, ids = (given if given is None else given.reshape(-1) for given in (mask, ids))
+    "Where tokens (tokens, dim) go, within the room that experts have."
     routing = layer.router(x, mask, ids)
     if layer.capacity_factor is not None:
-        room = capacity(len(x), routing.num_experts, layer.router.top_k, layer.capacity_factor)
+        room = _room(len(x), routing.num_experts, layer.router.top_k, layer.capacity_factor)
         routing = drop_overflow(routing, max(room, 1), layer.drop)
-    plan = plan_rows(routing)
+    return routing
+
+# %% ../nbs/30_moe.ipynb #4fc8d729
+def _note(layer, routing, plan):
+    "Keep what a batch did, unless it is computed again in the backward pass, as by activation checkpointing."
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1: return
+    layer.routing = routing
     if layer.training: layer.router.observe(plan.ends.diff(prepend=plan.ends.new_zeros(1)))
-    return routing, plan
+
+
+class _Mixture(nn.Module):
+    "A layer with experts that looks at all sizes in a state dict before it copies anything."
+    def _load_from_state_dict(self, state, prefix, *others):
+        for name, own in (*self.named_parameters(), *self.named_buffers()):
+            if not isinstance(saved := state.get(prefix + name), Tensor): continue
+            part = name.startswith("experts.") and saved.ndim > 0 and len(saved) == self.experts.num_experts
+            fine = saved.shape[part:] == own.shape[part:]  # a rank takes its part of all experts
+            need(fine, prefix + name, f"a tensor of shape {tuple(own.shape)}", tuple(saved.shape))
+        super()._load_from_state_dict(state, prefix, *others)
 
 # %% ../nbs/30_moe.ipynb #4d0354f3
-class MoE(nn.Module):
+class MoE(_Mixture):
     """A mixture of experts in place of a feed-forward layer; `capacity_factor=None` drops nothing.
 
-    Raises ValueError for sizes that do not fit. Sources: Shazeer et al. 2017; Dai et al. 2024."""
+    `.routing` is that of the last batch; after `checkpoint(…, use_reentrant=True)` its losses have no gradient.
+    Raises TypeError or ValueError for bad options, for tokens, masks, ids and state dicts that do not fit;
+    a call that raises changes nothing. Sources: Shazeer et al. 2017; Dai et al. 2024."""
     def __init__(self,
         dim: int,  # width of a token
         hidden: int,  # of each expert
         num_experts: int,  # that tokens are routed to
         top_k: int = 2,  # experts that a token is sent to
         shared_experts: int = 0,  # further experts that every token uses
-        router: str | nn.Module = "topk",  # or "noisy", "balanced", "expert choice", or a router
+        router: str | nn.Module = "topk",  # or "noisy", "balanced", "expert choice", "hash", or a router
         expert: str = "swiglu",  # gated: "swiglu", "geglu", "reglu"; plain: "silu", "gelu", "relu"
         capacity_factor: float | None = None,  # room of an expert by its fair share, at least 1
         drop: str = "position",  # who finds no room: the last in "position", or the least in "weight"
         bias: bool = False,  # of the experts
         execution: str = "auto",  # "segments", "grouped", or what is faster
+        vocabulary: int | None = None,  # number of different ids, for "hash"
         device=None, dtype=None,
     ):
         super().__init__()
         options, shared = {"device": device, "dtype": dtype}, whole(shared_experts, "shared_experts", 0)
-        self.router = _router(router, dim, num_experts, top_k, options)
+        self.router = _router(router, dim, num_experts, top_k, vocabulary, options)
         self.experts = Experts(dim, hidden, num_experts, expert, bias, execution, **options)
         self.shared = FeedForward(dim, shared * hidden, expert, bias, **options) if shared else None
         if capacity_factor is not None: real(capacity_factor, "capacity_factor", low=1)
@@ -82,16 +113,17 @@ class MoE(nn.Module):
 
     def forward(self,
         x: Tensor,  # (…, dim)
-        mask: Tensor | None = None,  # (…), False for padding, which is sent to no routed expert
+        mask: Tensor | None = None,  # (…), False for padding: it goes to no routed expert, and shared ones see 0
         ids: Tensor | None = None,  # (…), for routers that go by what a token is
     ) -> Tensor:  # (…, dim)
         "Send each token to its experts, and add up what they make of it."
-        tensor(x, "x", floating=True)
-        flat = x.reshape(-1, x.shape[-1]) if x.ndim else x
-        self.routing, plan = _decide(self, flat, mask, ids)
-        y = self.experts(flat, self.routing.weight, plan)
-        if not self.router.every_token: y = y.masked_fill(self.routing.bad[:, None], torch.nan)
-        if self.shared is not None: y = y + self.shared(flat)
+        flat, mask, ids = _in_line(x, self.router.dim, mask, ids)
+        routing = _decide(self, flat, mask, ids)
+        plan = plan_rows(routing)
+        y = self.experts(flat, routing.weight, plan)
+        if not self.router.every_token: y = y.masked_fill(routing.bad[:, None], torch.nan)
+        if self.shared is not None: y = y + self.shared(_without_padding(flat, mask))
+        _note(self, routing, plan)
         return y.reshape(x.shape)
 
     def __getstate__(self): return super().__getstate__() | {"routing": None}  # copies are without it
@@ -107,9 +139,10 @@ def _by_slots(e, mixed, slots):
     return y.unflatten(1, (-1, slots)).transpose(0, 1).reshape(mixed.shape)
 
 # %% ../nbs/30_moe.ipynb #99eeeba0
-class SoftMoE(nn.Module):
+class SoftMoE(_Mixture):
     """A soft mixture: every slot averages all tokens of a sequence, every token all slots; not causal.
 
+    Raises TypeError or ValueError for bad sizes, and for tokens, masks and state dicts that do not fit.
     Source: Puigcerver et al. 2024, section 2 and appendix E (normalization)."""
     def __init__(self,
         dim: int,  # width of a token
@@ -134,7 +167,9 @@ class SoftMoE(nn.Module):
         tensor(x, "x", floating=True)
         fine = x.ndim > 1 and x.shape[-1] == self.experts.dim
         need(fine, "x", f"sequences of tokens of width {self.experts.dim}", tuple(x.shape))
-        if mask is not None: tensor(mask, "mask", shape=tuple(x.shape[:-1]))
+        _check_beside(x, mask)
+        self.experts.computed_in(x)
+        x = _without_padding(x, mask)
         phi = self.scale * F.normalize(self.phi, dim=0)
         logits = F.normalize(x, dim=-1) @ phi.to(x.dtype)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -145,27 +180,48 @@ class SoftMoE(nn.Module):
         return logits.softmax(-1).to(x.dtype) @ _by_slots(self.experts, mixed, self.slots).to(x.dtype)
 
 # %% ../nbs/30_moe.ipynb #819abaeb
+_NAMES = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
 def _parts(dense):
     "The maps (up or gate, up, down) of a dense network, and the kind of expert that it is."
-    if isinstance(dense, FeedForward): return [dense.up], dense.down, dense.expert
-    if all(hasattr(dense, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-        return [dense.gate_proj, dense.up_proj], dense.down_proj, _kind(dense.act_fn, True)
-    fine = isinstance(dense, nn.Sequential) and len(dense) == 3
-    fine = fine and isinstance(dense[0], nn.Linear) and isinstance(dense[2], nn.Linear)
-    expected = ("a FeedForward, nn.Sequential(Linear, function, Linear) or one with gate_proj, up_proj, "
-                "down_proj and act_fn")
+    if isinstance(dense, FeedForward): return _fitting([dense.up], dense.down, dense.expert)
+    named, found = all(hasattr(dense, name) for name in _NAMES), [None] * 3
+    if named: found = [getattr(dense, name) for name in _NAMES]
+    elif isinstance(dense, nn.Sequential) and len(dense) == 3: found = [dense[0], dense[2], dense[1]]
+    *ups, down, function = found
+    fine = all(isinstance(part, nn.Linear) for part in (*ups, down))
+    expected = f"a FeedForward, nn.Sequential(Linear, function, Linear) or one with {', '.join(_NAMES)}"
     need(fine, "dense", expected, type(dense), TypeError)
-    return [dense[0]], dense[2], _kind(dense[1], False)
+    return _fitting(ups, down, _kind(function, named))
+
+
+def _fitting(ups, down, expert):
+    "The parts of a network, if their sizes are those of an expert."
+    found = [(part.in_features, part.out_features) for part in (*ups, down)]
+    dim, hidden = down.out_features, down.in_features
+    up = (dim, hidden * (1 + _EXPERTS[expert][1]) // len(ups))
+    sizes = [up] * len(ups) + [(hidden, dim)]
+    need(found == sizes, "dense", f"maps {sizes} from an expert's tokens to its hidden units and back", found)
+    biases = [part.bias is not None for part in (*ups, down)]
+    need(len({*biases}) == 1, "dense", "biases in all maps or in none", biases)
+    return ups, down, expert
+
+
+# Functions are known by what they are: values at some points cannot tell ReLU from ReLU6.
+_KNOWN = [(nn.SiLU, "silu"), (F.silu, "silu"), (nn.GELU, "gelu"), (F.gelu, "gelu"), (nn.ReLU, "relu"),
+          (F.relu, "relu"), (torch.relu, "relu"), ("transformers.activations.SiLUActivation", "silu")]
 
 
 def _kind(function, gated):
-    "The name of experts with a given function, found by its values."
-    at = torch.linspace(-3, 3, 7)
-    h = torch.cat([at, torch.ones(7)]) if gated else at
-    kinds = [name for name, (_, gates) in _EXPERTS.items() if gates == gated]
-    same = [kind for kind in kinds if torch.allclose(function(at), _activate(h, kind), atol=1e-6)]
-    need(same, "dense", "a network with silu, gelu or relu", function)
-    return same[0]
+    "The name of experts with a given function."
+    kind, asked = type(function), function
+    named = f"{kind.__module__}.{kind.__qualname__}"
+    if named == "transformers.activations.GELUActivation": function = function.act
+    exact = getattr(function, "approximate", "none") == "none"
+    same = [name for known, name in _KNOWN if exact and (known is kind or known is function or known == named)]
+    need(same, "dense", "a network with silu, gelu or relu", asked)
+    return next(name for name, form in _EXPERTS.items() if form == (same[0], gated))
 
 # %% ../nbs/30_moe.ipynb #2f8e94bb
 @torch.no_grad()
@@ -174,24 +230,26 @@ def upcycle(
     num_experts: int,
     top_k: int = 2,  # experts that a token is sent to
     noise: float = 0,  # standard deviation of what is added to each copy, by that of each weight
-    **options,  # of `MoE`
+    **options,  # of `MoE`; shared experts begin with 0 as their output
 ) -> MoE:  # which computes what `dense` does, as long as the weights of a token sum to 1
     """A mixture whose experts are copies of a dense network.
 
-    Raises TypeError for another kind of network. Source: Komatsuzaki et al. 2023."""
+    Raises TypeError for another kind of network, ValueError for other functions, sizes and options.
+    Source: Komatsuzaki et al. 2023."""
     noise = real(noise, "noise", low=0)
     ups, down, expert = _parts(dense)
+    told = [name for name in ("dim", "hidden", "expert", "bias") if name in options]
+    need(not told, "options", "no option that the dense network tells", told)
     bias = down.bias is not None
-    need(all((up.bias is not None) == bias for up in ups), "dense", "biases in all maps or in none", dense)
-    at = {"device": down.weight.device, "dtype": down.weight.dtype}
-    made = at | options | {"expert": expert, "bias": bias}
-    layer = MoE(down.out_features, down.in_features, num_experts, top_k, **made)
+    at = {"device": down.weight.device, "dtype": down.weight.dtype, "expert": expert, "bias": bias}
+    layer = MoE(down.out_features, down.in_features, num_experts, top_k, **at | options)
     experts = layer.experts
     experts.w_in.copy_(torch.cat([up.weight for up in ups]))
     experts.w_out.copy_(down.weight.mT)
     if bias:
         experts.b_in.copy_(torch.cat([up.bias for up in ups]))
         experts.b_out.copy_(down.bias)
+    for p in layer.shared.down.parameters() if layer.shared else (): p.zero_()
     for p in experts.parameters():
         if noise: p += torch.randn_like(p) * noise * p.std()
     return layer.train(dense.training)
@@ -215,10 +273,13 @@ def _clusters(points, usage, number):
 
 
 def _usage(layer, usage):
-    "How much each expert was used, as shares."
+    "How much each expert was used, as shares: equal ones, where nobody says and no batch tells."
     number = layer.experts.num_experts
-    if usage is None: usage = layer.routing.counts() if layer.routing else torch.ones(number)
-    usage = torch.as_tensor(usage, dtype=torch.float64)
+    if usage is None:
+        usage = layer.routing.counts() if layer.routing else torch.zeros(number)
+        if not usage.any(): usage = torch.ones(number)
+    try: usage = torch.as_tensor(usage, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError): need(False, "usage", f"{number} counts", usage, TypeError)
     tensor(usage, "usage", shape=(number,), finite=True)
     fine = bool((usage >= 0).all()) and usage.sum() > 0
     need(fine, "usage", "counts of at least 0, not all 0,", usage.tolist())
@@ -236,16 +297,16 @@ def _dense(network, w_in, w_out, b_in=None, b_out=None):
 def _fewer(layer, number, top_k, options, merged):
     "A mixture of fewer experts, with the router's rows averaged like the experts."
     router = deepcopy(layer.router)
-    fine = isinstance(router, Router) and hasattr(router, "gate")
-    need(fine, "layer", "one with a linear router", type(router))
-    router.num_experts, router.top_k = number, min(router.top_k, number) if top_k is None else top_k
-    if getattr(router, "groups", 1) > 1: router.groups = router.top_groups = 1
+    need(hasattr(router, "gate"), "layer", "one with a linear router", type(router))
+    groups = getattr(router, "groups", 1)
+    need(groups == 1, "layer", "a router of 1 group, since groups would not outlive the merging,", groups)
+    router.num_experts, router.top_k = number, top_k
     for linear in (router.gate, getattr(router, "spread", None)):
         if linear is None: continue
         linear.weight, linear.out_features = nn.Parameter(merged(linear.weight)), number
     for name, buffer in router.named_buffers(recurse=False): setattr(router, name, merged(buffer))
     e = layer.experts
-    new = MoE(e.dim, e.hidden, number, router.top_k, 0, router, capacity_factor=layer.capacity_factor,
+    new = MoE(e.dim, e.hidden, number, top_k, 0, router, capacity_factor=layer.capacity_factor,
               drop=layer.drop, execution=e.execution, **options)
     for p, q in zip(new.experts.parameters(), e.parameters()): p.copy_(merged(q))
     new.shared = deepcopy(layer.shared)
@@ -261,11 +322,13 @@ def merge_experts(
 ) -> nn.Module:  # FeedForward for one expert, else MoE; shared experts stay beside them
     """Average experts, weighted by usage: all of them, or those of each cluster of similar ones.
 
-    Raises ValueError for more experts than there are, TypeError for another layer."""
+    Raises TypeError for another layer, ValueError for more experts than there are, for usage or top_k that
+    does not fit, and for a router that is not linear, or has groups."""
     need(isinstance(layer, MoE), "layer", "a MoE", layer, TypeError)
     e = layer.experts
     need(len(e.w_in) == e.num_experts, "layer", f"one with all {e.num_experts} experts in one place", len(e.w_in))
     number = whole(num_experts, "num_experts", 1, e.num_experts)
+    _, top_k = _sizes(number, min(layer.router.top_k, number) if top_k is None else top_k)
     usage = _usage(layer, usage).to(e.w_in.device) + 1e-12  # an unused expert still counts where it is alone
     fine = number > 1 or layer.shared is None
     need(fine, "num_experts", "at least 2 for a layer with shared experts", number)

@@ -203,7 +203,8 @@ def share_orbits_(
     Stride, padding, dilation and kernel of a convolution must have the symmetry, too: that is
     not checked. With groups, a generator must keep the outputs of each together. Raises TypeError
     or ValueError, before anything changes, as `orbits` does, for a layer whose Parameters are
-    computed, or parts of orbits. Source: Ravanbakhsh et al. 2017."""
+    computed, or parts of orbits. Only the layer is seen: what ties its Parameters to others breaks, which `check_ties`
+    of the whole model says. Source: Ravanbakhsh et al. 2017."""
     shape = _check_layer(layer, shape)
     axes, maps = _permutations(generators, shape), {}
     _check_groups(layer, axes, shape)
@@ -214,6 +215,7 @@ def share_orbits_(
         of_outputs = [permutations[:outputs] for permutations in axes]
         maps["bias"] = Orbit(_orbits(of_outputs, shape[:outputs]).flatten())
     one_of(initial, "initial", ["mean", "first"])
+    for name in maps: tensor(getattr(layer, name), name, finite=True)
     for name, map in maps.items(): _tie_orbits(layer, name, map, initial)
     return find_ties(layer)
 

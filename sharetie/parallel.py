@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import need, real
 from .experts import Experts, _Combine, _Gather
 from .moe import MoE
-from .routing import Plan, Routing, _needed, _variation
+from .routing import Plan, Routing, _check_routing, _needed, _use, _variation
 
 # %% ../nbs/32_parallel.ipynb #9d7d680b
 def _swap(x, send, receive, group):
@@ -108,10 +108,7 @@ class _Part(Experts):
         "Tokens in the type that the experts compute in."
         now = dist.get_world_size(self.group)
         need(now == self.size, "group", f"the size {self.size} that experts were divided for", now)
-        if torch.is_autocast_enabled(x.device.type): return x.to(torch.get_autocast_dtype(x.device.type))
-        dtype = self.w_in.dtype
-        need(x.dtype == dtype, "x", f"tokens of {dtype}, as the experts are,", x.dtype, TypeError)
-        return x
+        return x.to(self.computed_in(x))
 
 # %% ../nbs/32_parallel.ipynb #d12a068f
 class ParallelExperts(_Part):
@@ -278,7 +275,7 @@ def totals(
     group=None,  # a process group or a mesh; None: all processes, or this one if there are no others
 ) -> Totals:
     "What all ranks of a group did in a batch; every rank has to call it."
-    need(isinstance(routing, Routing), "routing", "a Routing, such as the attribute of a MoE after a batch,", routing, TypeError)
+    _check_routing(routing)
     sums, valid, bad = _sums(routing), routing.valid, routing.bad
     tokens = torch.stack([valid.sum(), bad.sum(), (~valid & ~bad).sum()])
     whole = torch.cat([routing.counts(kept=False), routing.counts(), tokens])
@@ -302,9 +299,7 @@ def _balance(total):
 def _what_happened(total):
     "Statistics over all ranks, as plain numbers."
     valid, bad, padding = total.tokens.tolist()
-    share = total.kept / total.kept.sum().clamp(min=1)
-    found = {"tokens": total.kept.tolist(), "violation": (share.max() * len(share)).item() - 1,
-             "usage entropy": torch.special.entr(share).sum().item()}
+    found = _use(total.kept)
     if total.entropy is not None: found["token entropy"] = total.entropy.item() / max(valid, 1)
     dropped = int(total.counts.sum() - total.kept.sum())
     return {**found, "dropped": dropped, "not finite": bad, "padding": padding}

@@ -266,6 +266,7 @@ def _untied(layer):
     sizes = *bank.shape[1::-1], layer.kernel_size, layer.stride, layer.padding
     plain = nn.Conv2d(*sizes, bias=bias is not None, device=bank.device, dtype=bank.dtype)
     plain.load_state_dict({"weight": bank} if bias is None else {"weight": bank, "bias": bias})
+    for name, made in plain.named_parameters(): made.requires_grad_(getattr(layer, name).requires_grad)
     return plain
 
 
@@ -380,6 +381,15 @@ class Z2CNN(nn.Sequential):
             ins = channels
         self.extend([nn.Conv2d(channels, 10, 4), nn.Flatten()])
 
+    def forward(self, x): return super().forward(_digits(x))
+
+
+def _digits(x):
+    "Images, if they have the size that the last filter leaves one position of."
+    fine = tensor(x, "x", floating=True).shape[1:] == (1, 28, 28)
+    need(fine, "x", "images (b, 1, 28, 28)", tuple(x.shape))
+    return x
+
 # %% ../nbs/10_rotations.ipynb #30aefc67
 class P4CNN(nn.Sequential):
     """Z2CNN with group convolutions, and a maximum over the group at the end.
@@ -398,3 +408,5 @@ class P4CNN(nn.Sequential):
             self.append(nn.MaxPool3d((1, 2, 2)) if i == 1 else nn.Dropout(dropout))
             ins = channels
         self.extend([GroupConv2d(channels, 10, 4, group), GroupPool(), nn.Flatten()])
+
+    def forward(self, x): return super().forward(_digits(x))

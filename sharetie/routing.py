@@ -43,15 +43,32 @@ class Routing(NamedTuple):
         table = self.weight.new_zeros(len(self.valid), self.num_experts)
         return table.index_put((self.token, self.expert), torch.where(self.kept, self.weight, 0))
 
+
+def _check_routing(routing):
+    "Raise unless this is what a router said."
+    expected = "a Routing, such as the attribute of a MoE after a batch,"
+    need(isinstance(routing, Routing), "routing", expected, routing, TypeError)
+
 # %% ../nbs/30_routing.ipynb #842eb04d
-def _checked(x, dim, mask, ids):
-    "Raise unless the tokens, their mask and ids fit each other and the router."
-    tensor(x, "x", floating=True, ndim=2)
-    need(x.shape[1] == dim, "x", f"tokens of width {dim}", tuple(x.shape))
+def _check_beside(x, mask=None, ids=None):
+    "Raise unless a mask and ids have an entry for each token (…, dim)."
     for name, given in {"mask": mask, "ids": ids}.items():
-        if given is not None: tensor(given, name, shape=(len(x),))
-    fine = mask is None or mask.dtype == torch.bool
-    need(fine, "mask", "booleans, True for a token that counts,", mask, TypeError)
+        if given is not None: tensor(given, name, shape=tuple(x.shape[:-1]))
+    if mask is not None and mask.dtype != torch.bool:
+        need(False, "mask", "booleans, True for a token that counts,", mask, TypeError)
+    if ids is not None: tensor(ids, "ids", floating=False)
+
+
+def _without_padding(x, mask):
+    "Tokens (…, dim) with zeros for padding, so that what stands there reaches no gradient."
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+def _computed_in(x, weight, what):
+    "The dtype in which a tensor meets weights: that of autocast, or of both. Raises TypeError for another."
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type): return torch.get_autocast_dtype(x.device.type)
+    if x.dtype != weight.dtype: need(False, "x", f"{what.format(weight.dtype)} are,", x.dtype, TypeError)
+    return x.dtype
 
 
 def _no_autocast(device):
@@ -90,8 +107,10 @@ class Router(nn.Module):
         ids: Tensor | None = None,  # (tokens,), for routers that go by what a token is
     ) -> Routing:
         "Choose experts for each token."
-        _checked(x, self.dim, mask, ids)
-        with _no_autocast(x.device): return self.route(x, mask, ids)
+        tensor(x, "x", floating=True, ndim=2)
+        need(x.shape[1] == self.dim, "x", f"tokens of width {self.dim}", tuple(x.shape))
+        _check_beside(x, mask, ids)
+        with _no_autocast(x.device): return self.route(_without_padding(x, mask), mask, ids)
 
     def logits(self, x, linear=None):
         "One logit for each expert, (tokens, experts), in single precision at least."
@@ -179,10 +198,23 @@ def _within(choice, groups, top):
     inside = torch.zeros_like(parts[..., 0], dtype=torch.bool).scatter(-1, best, True)
     return parts.masked_fill(~inside[..., None], -torch.inf).flatten(-2)
 
+# %% ../nbs/30_routing.ipynb #762825dd
+class _Counting(Router):
+    "A router whose buffers keep their type where a model is cast: half precision cannot count."
+    def _apply(self, fn, recurse=True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype: setattr(self, name, (new if old.is_meta else old).to(new.device, old.dtype))
+        return self
+
 # %% ../nbs/30_routing.ipynb #f6b918b4
-class Balanced(Router):
+class Balanced(_Counting):
     """Sigmoid scores, and a bias on the choice that `update_` moves towards equal loads.
 
+    Bias and load stay in single precision, whatever the model is cast to. A batch counts once: what activation
+    checkpointing computes again, within the backward pass, does not count.
     Raises ValueError where groups do not divide the experts. Sources: Wang et al. 2024; DeepSeek-V3."""
     def __init__(self,
         dim: int,  # width of a token
@@ -201,8 +233,9 @@ class Balanced(Router):
         self.top_groups = groups if top_groups is None else whole(top_groups, "top_groups", 1, groups)
         within = self.top_groups * num_experts // groups
         need(top_k <= within, "top_k", f"at most the {within} experts of top_groups = {top_groups}", top_k)
-        self.register_buffer("bias", torch.zeros(num_experts, device=device))
-        self.register_buffer("load", torch.zeros(num_experts, device=device), persistent=False)
+        for name in ("bias", "load"):
+            start = torch.zeros(num_experts, device=device, dtype=torch.float32)
+            self.register_buffer(name, start, persistent=name == "bias")
 
     def route(self, x, mask, ids):
         logits = self.logits(x)
@@ -254,7 +287,9 @@ class ExpertChoice(Router):
 
 # %% ../nbs/30_routing.ipynb #2c0799a1
 class Hash(Router):
-    "Experts by a fixed table of token ids, with equal weights. Source: Roller et al. 2021."
+    """Experts by a fixed table of token ids, with equal weights.
+
+    Raises ValueError for ids outside of the vocabulary. Source: Roller et al. 2021."""
     def __init__(self,
         dim: int,  # width of a token
         num_experts: int,
@@ -273,12 +308,20 @@ class Hash(Router):
         self.register_buffer("experts", table.to(device))
 
     def route(self, x, mask, ids):
-        need(ids is not None, "ids", f"the ids of {len(x)} tokens", None)
-        tensor(ids, "ids", floating=False)
-        expert = self.experts[ids]
+        expert = self.experts[self._words(x, mask, ids)]
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = torch.full(expert.shape, 1 / self.top_k, device=x.device, dtype=dtype)
         return _slots(expert, weight, ~x.isfinite().all(-1), mask, self.num_experts)
+
+    def _words(self, x, mask, ids):
+        "The ids, 0 for padding; outside of compiled graphs, raise for those that the vocabulary lacks."
+        need(ids is not None, "ids", f"the ids of {len(x)} tokens", None)
+        ids = ids.long() if mask is None else ids.long().masked_fill(~mask, 0)
+        if torch.compiler.is_compiling() or ids.is_meta or not len(ids): return ids
+        least, most = torch.stack(ids.aminmax()).tolist()
+        known = f"from 0 to {len(self.experts) - 1}, as the vocabulary has them,"
+        need(0 <= least and most < len(self.experts), "ids", known, least if least < 0 else most)
+        return ids
 
 # %% ../nbs/30_routing.ipynb #0e39d951
 def capacity(
@@ -287,9 +330,14 @@ def capacity(
     top_k: int,  # slots per token
     factor: float,  # 1: room for exactly equal loads
 ) -> int:  # slots per expert
-    "Room of each expert; ValueError for a factor below 1. Source: Lepikhin et al. 2021, section 2.2."
-    factor = real(factor, "capacity_factor", low=1)
-    return math.ceil(factor * num_tokens * top_k / num_experts)
+    """Room of each expert. Raises ValueError for a factor below 1, TypeError or ValueError for other numbers.
+
+    Source: Lepikhin et al. 2021, section 2.2."""
+    factor, num_tokens = real(factor, "capacity_factor", low=1), whole(num_tokens, "num_tokens", 0)
+    return _room(num_tokens, *_sizes(num_experts, top_k), factor)
+
+
+def _room(num_tokens, num_experts, top_k, factor): return math.ceil(factor * num_tokens * top_k / num_experts)
 
 
 def drop_overflow(
@@ -298,6 +346,7 @@ def drop_overflow(
     drop: str = "position",  # what goes: the last in "position", or the smallest in "weight"
 ) -> Routing:  # with fewer slots kept
     "Keep at most `room` slots per expert; raises ValueError for a room below 1 or another policy."
+    _check_routing(routing)
     whole(room, "room", 1)
     one_of(drop, "drop", ["position", "weight"])
     slots = torch.arange(len(routing.token), device=routing.token.device)
@@ -321,7 +370,8 @@ class Plan(NamedTuple):
 
 
 def plan_rows(routing: Routing) -> Plan:
-    "Sort the slots of a routing by expert."
+    "Sort the slots of a routing by expert; raises TypeError for anything else."
+    _check_routing(routing)
     expert = torch.where(routing.kept, routing.expert, routing.num_experts)
     expert, slot = expert.sort(stable=True)
     def upto(n): return torch.arange(n, device=slot.device)
@@ -334,7 +384,9 @@ def plan_rows(routing: Routing) -> Plan:
 def load_balancing_loss(routing: Routing) -> Tensor:  # a scalar, 1 at uniform routing
     """The share of slots of each expert times its mean probability; padding does not count.
 
-    Raises ValueError for a router without probabilities. Source: Fedus et al. 2022, equations 4 to 6."""
+    Raises TypeError for no routing, ValueError for a router without probabilities.
+    Source: Fedus et al. 2022, equations 4 to 6."""
+    _check_routing(routing)
     probs = _needed(routing.probs, "probabilities")
     probs = probs / probs.sum(-1, keepdim=True)
     counts = routing.counts(kept=False).to(probs.dtype)
@@ -355,7 +407,10 @@ def _mean(values, valid):
 
 # %% ../nbs/30_routing.ipynb #2b34e8a8
 def importance_loss(routing: Routing) -> Tensor:  # a scalar, 0 where all experts have the same sum of weights
-    "The squared variation of the experts' sums of weights. Source: Shazeer et al. 2017, equations 6 and 7."
+    """The squared variation of the experts' sums of weights. Raises TypeError for no routing.
+
+    Source: Shazeer et al. 2017, equations 6 and 7."""
+    _check_routing(routing)
     weight = torch.where(routing.valid[routing.token], routing.weight, 0)
     chosen = routing.expert[:, None] == torch.arange(routing.num_experts, device=weight.device)
     return _variation(torch.where(chosen, weight[:, None], 0).sum(0))
@@ -366,7 +421,9 @@ def load_loss(
 ) -> Tensor:  # a scalar, 0 where all experts expect the same number of tokens
     """The squared coefficient of variation of the expected loads.
 
-    Raises ValueError for a router without noise. Source: Shazeer et al. 2017, equations 8 to 11."""
+    Raises TypeError for no routing, ValueError for a router without noise.
+    Source: Shazeer et al. 2017, equations 8 to 11."""
+    _check_routing(routing)
     return _variation(_needed(routing.load, "an expected load, as NoisyTopK in training gives"))
 
 
@@ -378,7 +435,9 @@ def _variation(values):
 def router_z_loss(routing: Routing) -> Tensor:  # a scalar, at least 0
     """The mean square of the logarithm of the softmax's denominator.
 
-    Raises ValueError for a router without logits. Source: Zoph et al. 2022, equation 5."""
+    Raises TypeError for no routing, ValueError for a router without logits.
+    Source: Zoph et al. 2022, equation 5."""
+    _check_routing(routing)
     logits = _needed(routing.logits, "logits")
     return _mean(logits.logsumexp(-1).square(), routing.valid)
 
@@ -386,14 +445,20 @@ def router_z_loss(routing: Routing) -> Tensor:  # a scalar, at least 0
 def statistics(routing: Routing) -> dict:  # plain numbers
     """What a batch did: tokens per expert, violation, entropies in nats, what was left out.
 
-    Source of the violation: Wang et al. 2024."""
+    Raises TypeError for no routing. Source of the violation: Wang et al. 2024."""
+    _check_routing(routing)
     counts, chosen = routing.counts(), routing.counts(kept=False)
-    share = counts / counts.sum().clamp(min=1)
-    found = {"tokens": counts.tolist(), "violation": (share.max() * routing.num_experts).item() - 1,
-             "usage entropy": torch.special.entr(share).sum().item()}
+    found = _use(counts)
     if routing.probs is not None:
         probs = routing.probs.detach()
         probs = probs / probs.sum(-1, keepdim=True)
         found["token entropy"] = _mean(torch.special.entr(probs).sum(-1), routing.valid).item()
     return {**found, "dropped": int(chosen.sum() - counts.sum()), "not finite": int(routing.bad.sum()),
             "padding": int((~routing.valid & ~routing.bad).sum())}
+
+
+def _use(counts):
+    "Statistics of how experts are used; no tokens are as balanced as can be."
+    share = counts / counts.sum().clamp(min=1)
+    violation = (share.max() * len(share)).item() - 1 if counts.any() else 0.
+    return {"tokens": counts.tolist(), "violation": violation, "usage entropy": torch.special.entr(share).sum().item()}

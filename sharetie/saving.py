@@ -62,6 +62,16 @@ def _shared_modules(model):
     return [[*held.values()] for held in found.values() if len(held) > 1]
 
 # %% ../nbs/02_saving.ipynb #0cd199f1
+def _contents(model):
+    "What a file of a model holds: tensors by name, and its ties for the metadata."
+    check_ties(model)
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in state.items(): check_tensor(name, tensor)
+    derived = _derived(model, state)
+    gone = {*derived, *(_inner(name) for name, *_ in _mapped(model, state))}
+    return {n: t for n, t in state.items() if n not in gone}, tie_metadata(derived, _shared_modules(model))
+
+
 def save_model(
     model: nn.Module,
     path: str | Path,  # of the file, which is replaced when the new one is complete
@@ -76,13 +86,8 @@ def save_model(
     fine = isinstance(notes, dict) and all(isinstance(text, str) for item in notes.items() for text in item)
     need(fine, "metadata", "a dictionary from text to text", metadata, TypeError)
     need(KEY not in notes, "metadata", f"any key but {KEY!r}, where the ties are", KEY)
-    check_ties(model)
-    state = model.state_dict(keep_vars=True)
-    for name, tensor in state.items(): check_tensor(name, tensor)
-    derived = _derived(model, state)
-    gone = {*derived, *(_inner(name) for name, *_ in _mapped(model, state))}
-    tensors = {name: tensor for name, tensor in state.items() if name not in gone}
-    write_tensors(path, tensors, {"format": "pt"} | notes | tie_metadata(derived, _shared_modules(model)))
+    tensors, ties = _contents(model)
+    write_tensors(path, tensors, {"format": "pt"} | notes | ties)
 
 # %% ../nbs/02_saving.ipynb #84623f17
 @dataclass
@@ -101,14 +106,27 @@ class _Plan:
 
     def value(self, name):
         "What there is for a target, of its type."
-        value = self.extra[name]() if name in self.extra else self.file[name]
-        return value.to(self.targets[name].dtype) if self.cast else value
+        value, dtype = self.extra[name]() if name in self.extra else self.file[name], self.targets[name].dtype
+        if not self.cast or value.dtype == dtype: return value
+        made = value.to(dtype)
+        lost = _lost(value, made)
+        if lost.any(): raise ValueError(f"{name}: numbers that {dtype} can hold are expected, got {value[lost][0].item()}")
+        return made
 
     def known(self, name):
         "Is there anything for a name?"
         return name in self.file.entries or name in self.file.derived or name in self.file.hints
 
 # %% ../nbs/02_saving.ipynb #a9645bac
+def _lost(value, made):
+    "Where a cast has made another number, or none, of a number; rounding to a floating type is no loss."
+    if not made.is_floating_point() and not made.is_complex(): return made.to(value.dtype) != value
+    real = value.is_floating_point() and made.is_floating_point()
+    if real and torch.finfo(made.dtype).max >= torch.finfo(value.dtype).max: return torch.tensor(False)
+    wide = torch.complex128 if made.is_complex() else torch.float64
+    return value.to(wide).isfinite() & ~made.to(wide).isfinite()
+
+
 def _fits(plan, name):
     "May a target get what the file has under its name? A hint that does not fit is no error."
     derived, target = plan.file.where(name), plan.targets[name]
@@ -119,6 +137,7 @@ def _fits(plan, name):
     if name in plan.file.hints and entry.shape != shape: return False
     need(entry.shape == shape, name, f"shape {shape}", entry.shape)
     need(plan.cast or entry.code == code, name, f"type {code} (or cast=True)", entry.code)
+    need(target.is_complex() or entry.code not in ("C64", "complex128", "complex32"), name, "real numbers", entry.code)
     return True
 
 # %% ../nbs/02_saving.ipynb #760c8493
@@ -211,6 +230,9 @@ def _compare_computed(plan, name, source, map):
     "Raise if the file has other numbers for a computed member than its source will give."
     if not plan.known(name) or source in plan.extra: return
     derived, held = plan.file.where(name), plan.state[source]
+    if isinstance(derived.map, str) and (called := map_record(map)["map"]) != derived.map:
+        raise ValueError(f"{name}: in {plan.file.path} it is what {derived.map} makes of {derived.source}, in the model what "
+                         f"{called} makes of {source}; tie them alike, or untie_ them before they are saved")
     if map_record(derived.map) == map_record(map) and plan.state.get(derived.source) is held: return
     settled = next((n for n in plan.values if plan.state[n] is held), None)
     if settled is None: return
@@ -335,7 +357,7 @@ def _warn_of(path, apart):
 # %% ../nbs/02_saving.ipynb #a20ca989
 def load_model(
     model: nn.Module,
-    path: str | Path,  # a safetensors file, an index of such, or a file of `torch.save` with tensors only
+    path: str | Path | Checkpoint,  # a safetensors file, an index of such, or a file of `torch.save` with tensors only
     strict: bool = True,  # must file and model have the same names?
     on_conflict: str = "error",  # different numbers for one weight: raise, take the "first" name's, or the "mean"
     device=None,  # where tensors of the meta device are put; None: main memory
@@ -345,7 +367,8 @@ def load_model(
     """Load a model's state, all or nothing; the model's Parameters and ties stay, and every name gets its numbers.
 
     Raises BrokenTie where the model's ties do not hold, the file contradicts itself, or has different numbers for one
-    weight; ValueError where file and model do not fit, or ties would be made inside of a wrapper; OSError for no file."""
+    weight; ValueError where file and model do not fit, or ties would be made inside of a wrapper; OSError for no file.
+    Of a map that is not one of ours the file has the name alone: its arguments are the model's, and are not compared."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     one_of(on_conflict, "on_conflict", ["error", "first", "mean"])
     fine = restore_ties is None or isinstance(restore_ties, bool)
@@ -355,10 +378,11 @@ def load_model(
     on_meta = any(place.tensor.is_meta for place in places(model).values())
     need(device is None or on_meta, "device", "None for a model that has its memory already (move it by .to)", device)
     if device is not None:
-        try: device = torch.device(device)
-        except (RuntimeError, TypeError): need(False, "device", "a device of torch, such as 'cpu'", device)
+        try: device = torch.empty(0, device=device).device
+        except (RuntimeError, TypeError, AssertionError): need(False, "device", "a device that is here, such as 'cpu'", device)
     check_ties(model)
-    file = Checkpoint(path)
+    file = path if isinstance(path, Checkpoint) else Checkpoint(path)
+    path = file.path
     wrong = [Broken((source, name), f"in {path}, {why}", "save it anew") for source, name, why in file.broken]
     if wrong: raise BrokenTie(wrong)
     with _Whole(model):

@@ -8,16 +8,18 @@ __all__ = ['untie_', 'share_module_']
 # %% ../nbs/02_sharing.ipynb #cc515bd5
 from collections.abc import Iterable
 from copy import deepcopy
+from functools import partial
+from types import BuiltinFunctionType, CodeType, FunctionType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .errors import match_names
+from .errors import match_names, shown
 from .finding import Ties, _need_shape, find_ties, module_paths, places
 from .making import Declared, declared_ties
 from .making import _aliases, _by, _changeable, _computed, _declare, _matched, _put, _seen, _unbind
-from .making import _unmask, _what
+from .making import _unmask, _what, equal_values
 
 # %% ../nbs/02_sharing.ipynb #71724dbf
 def untie_(
@@ -66,8 +68,8 @@ def _untie_tensor(model, place, found):
 
 # %% ../nbs/02_sharing.ipynb #6bf73a29
 def _forget(model, name, heir=None):
-    "Take a name out of all declarations; `heir` is the source of what was mapped from it."
-    changed = []
+    "Take a name out of all declarations, and join what it alone had joined; `heir` is the source of what was mapped from it."
+    changed, joined = [], {}
     for path, module in module_paths(model):
         kept = []
         for own in module.__dict__.get("_declared_ties", ()):
@@ -75,9 +77,11 @@ def _forget(model, name, heir=None):
             if name not in names: kept.append(own)
             else:
                 first = (heir,) if own.map is not None and names[0] == name else ()
-                changed.append(own._replace(names=first + tuple(n for n in names if n != name)))
+                left = own._replace(names=first + tuple(n for n in names if n != name))
+                if own.map is None: joined.setdefault(own.kind, {}).update(dict.fromkeys(left.names))
+                else: changed.append(left)
         if "_declared_ties" in module.__dict__: module._declared_ties = tuple(kept)
-    for declared in changed:
+    for declared in (*changed, *(Declared(tuple(names), None, kind) for kind, names in joined.items())):
         if len(declared.names) > 1: _declare(model, declared)
 
 # %% ../nbs/02_sharing.ipynb #aebb7b06
@@ -87,6 +91,7 @@ def _untie_module(model, name, modules):
     if sum(other is module for other in modules.values()) < 2:
         raise ValueError(f"name: a shared module is expected, got {name!r}, which has no other name")
     parent, _, attribute = name.rpartition(".")
+    _check_uncompiled({name: module}, "name")
     if above := [path for path, other in modules.items() if other is modules[parent] and path != parent]:
         raise ValueError(f"name: {name!r} is inside of {parent!r}, which is shared with {above}; untie_ that module")
     inside = {id(part) for part in module.modules()}
@@ -141,12 +146,22 @@ def share_module_(
             if b.startswith(f"{a}."):
                 raise ValueError(f"patterns: {a!r} contains {b!r}, and nothing is its own part")
     modules = [paths[name] for name in names]
+    gone = [module for module in modules if module is not modules[0]]
+    _check_uncompiled({path: module for path, module in paths.items() if module in gone}, "patterns")
     for name, module in zip(names, modules): _check_same(names[0], modules[0], name, module, set(ignore))
     _check_apart(model, names, modules)
-    _replace(model, [module for module in modules if module is not modules[0]], modules[0])
+    _replace(model, gone, modules[0])
     _declare(model, Declared(tuple(names), None, "module"))
     inside = f"{names[0]}."
     return Ties(tie for tie in find_ties(model).true if any(n.startswith(inside) for n in tie.names))
+
+
+def _check_uncompiled(modules, argument):
+    "Raise for modules by path of which `torch.compile` has a wrapper: it would go on to run what it has compiled."
+    for path in modules:
+        if f".{path}".endswith("._orig_mod"):
+            raise ValueError(f"{argument}: modules that are not compiled are expected, got {path!r}, which its wrapper "
+                             "goes on to run; change the model first, then compile it")
 
 
 def _replace(model, old, new):
@@ -166,8 +181,7 @@ def _check_same(a, first, b, other, ignore=frozenset()):
     if x != y: differ("parts", x, y)
     for (path, x), (_, y) in zip(mine, yours):
         at = f" of {path!r}" if path else ""
-        for what, v, w in _settings(x, y, ignore):
-            if v != w: differ(what + at, v, w)
+        for what, v, w in _settings(x, y, ignore): differ(what + at, shown(v), shown(w))
     mine, yours = _tensors(first), _tensors(other)
     for name in mine | yours:
         v, w = (held.get(name, "nothing") for held in (mine, yours))
@@ -181,16 +195,40 @@ def _tensors(module):
 
 # %% ../nbs/02_sharing.ipynb #e358ee6e
 def _settings(x, y, ignore):
-    "(What, of the first, of the second) for the settings that two modules must have in common."
-    def name(module): return parametrize.type_before_parametrizations(module).__qualname__
-    yield "class", name(x), name(y)
-    yield "settings", x.extra_repr(), y.extra_repr()
-    plain = (bool, int, float, str, tuple, type(None))
+    "(What, of the first, of the second) for the settings in which two modules differ."
+    kinds = [parametrize.type_before_parametrizations(module) for module in (x, y)]
+    if kinds[0].__qualname__ != kinds[1].__qualname__: yield "class", *kinds
+    if x.extra_repr() != y.extra_repr(): yield "settings", x.extra_repr(), y.extra_repr()
     for key in sorted(x.__dict__.keys() | y.__dict__.keys()):
         v, w = x.__dict__.get(key), y.__dict__.get(key)
         if key.endswith("_hooks") and w and not v: yield key, "none", "some"
-        elif key[0] == "_" or key in ignore: continue
-        elif isinstance(v, plain) and isinstance(w, plain): yield key, v, w
+        elif key[0] == "_" or key in ignore or key == "forward" and hasattr(x, "_orig_mod"): continue
+        elif _unlike(v, w): yield key, v, w
+
+
+_LISTS = (list, tuple)
+_PLAIN = (bool, int, float, str, set, frozenset, type(None), torch.dtype, torch.device, BuiltinFunctionType, CodeType)
+_KINDS = Tensor, _LISTS, dict, _PLAIN
+
+
+def _unlike(v, w):
+    "Do two settings say different things? What objects of other classes say is not known."
+    if v is w: return False
+    v, w = _runs(v), _runs(w)
+    kinds = [next((kind for kind in _KINDS if isinstance(setting, kind)), None) for setting in (v, w)]
+    if kinds[0] is not kinds[1]: return None not in (*kinds, v, w)
+    if kinds[0] is Tensor: return _what(v) != _what(w) or not equal_values(v, w)
+    if kinds[0] is _LISTS: return len(v) != len(w) or any(map(_unlike, v, w))
+    if kinds[0] is dict: return v.keys() != w.keys() or any(_unlike(v[key], w[key]) for key in v)
+    return kinds[0] is _PLAIN and v != w
+
+
+def _runs(function):
+    "What a function runs, as settings; anything else as it is."
+    if isinstance(function, partial): return function.func, function.args, function.keywords
+    inner = getattr(function, "__func__", function)
+    if not isinstance(inner, FunctionType): return function
+    return inner.__code__, inner.__defaults__, inner.__kwdefaults__, [cell.cell_contents for cell in inner.__closure__ or ()]
 
 # %% ../nbs/02_sharing.ipynb #560c2ca5
 def _check_apart(model, names, modules):

@@ -206,7 +206,7 @@ def subnetworks(
     function(train, "train", ["model", "task"])
     function(score, "score", ["model", "task"])
     keep, rounds = real(keep, "keep", 0, 1), whole(rounds, "rounds", 1)
-    tasks, names = Multitask(deepcopy(dict(heads))).tasks, _matrices(checked_trunk(trunk), names)
+    tasks, names = Multitask(deepcopy(heads)).tasks, _matrices(checked_trunk(trunk), names)
     n = sum(p.numel() for name, p in trunk.named_parameters() if name in names)
     sizes = [round(n * keep ** (r / rounds)) for r in range(rounds + 1)]
     masks, scores = {task: [] for task in tasks}, {task: [] for task in tasks}
@@ -242,9 +242,14 @@ def draw_overlap(
     return ax
 
 # %% ../nbs/22_sparse.ipynb #fdc3c1ad
-class InTurn:
-    """A loss for tasks that take turns: a step moves only what the tasks of its batch use.
+_FROM_ZERO = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg",
+              "grad_avg", "acc_delta", "sum", "prev"}  # numbers that optimizers start at zero
 
+
+class InTurn:
+    """A loss for tasks that take turns: a step moves only what the tasks of its batches use.
+
+    These are the batches since the last step, whose gradients may have been added up.
     It takes part in every step of the optimizer until `remove`. Of the optimizer's state,
     numbers per entry stay, such as momentum; Adam's count of steps goes on for all.
     Raises TypeError for another model, loss or optimizer."""
@@ -257,13 +262,15 @@ class InTurn:
         need(isinstance(losses, TaskLosses), "losses", "TaskLosses", type(losses), TypeError)
         fine = isinstance(optimizer, torch.optim.Optimizer)
         need(fine, "optimizer", "a torch optimizer", type(optimizer), TypeError)
-        self.model, self.losses, self.tasks, self._kept = model, losses, model.tasks, []
+        self.model, self.losses, self.tasks, self._kept, self._stepped = model, losses, model.tasks, [], True
         self._hooks = [optimizer.register_step_pre_hook(self._keep),
                        optimizer.register_step_post_hook(self._put_back)]
 
     def __call__(self, outputs, labels) -> Tensor:  # scalar, the weighted sum of the losses
         found = self.losses(outputs, labels)
-        self.tasks = list(found)
+        if any(loss.requires_grad for loss in found.values()):
+            self.tasks = list(dict.fromkeys(([] if self._stepped else self.tasks) + [*found]))
+            self._stepped = False
         return sum(self.losses.weights[task] * loss for task, loss in found.items())
 
     def remove(self):
@@ -272,18 +279,28 @@ class InTurn:
 
     @torch.no_grad()
     def _keep(self, optimizer, args, kwargs):
-        "Copy what must stay: tensors, copies, and masks of the entries that stay."
+        "Copy what must stay: of Parameters and of what the optimizer holds for their entries."
         used = [self.model.used_by(task) for task in self.tasks]
         for name, p in self.model.named_parameters():
             masks = [names[name] for names in used if name in names]
             if p.grad is None or any(mask is None for mask in masks): continue
             still = torch.ones_like(p, dtype=torch.bool)
-            for mask in masks: still &= ~mask
-            state = optimizer.state.get(p, {}).values()
-            for t in (p, *(t for t in state if isinstance(t, Tensor) and t.shape == p.shape)):
-                self._kept.append((t, t.clone(), still))
+            for mask in masks: still &= ~mask.to(p.device)
+            held = _entries(optimizer, p)
+            self._kept.append((p, still, p.clone(), {key: t.clone() for key, t in held.items()}))
 
     @torch.no_grad()
     def _put_back(self, optimizer, args, kwargs):
-        for t, copy, still in self._kept: t.copy_(torch.where(still, copy, t))
+        for p, still, copy, held in self._kept:
+            p.copy_(torch.where(still, copy, p))
+            for key, t in _entries(optimizer, p).items():
+                if key in held: t.copy_(torch.where(still, held[key], t))
+                elif key in _FROM_ZERO: t.masked_fill_(still, 0)
         self._kept.clear()
+        self._stepped = True
+
+
+def _entries(optimizer, p):
+    "What an optimizer holds for each entry of a Parameter, by key."
+    held = optimizer.state.get(p, {}).items()
+    return {key: t for key, t in held if isinstance(t, Tensor) and t.shape == p.shape}

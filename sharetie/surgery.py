@@ -16,8 +16,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .errors import function, match_names, need, one_of, whole
 from .finding import _need_shapes, find_ties, module_paths
-from .making import _what, equal_values
-from .sharing import _move_mask, _rename, _unmask_untied
+from .making import _changeable, _what, equal_values
+from .sharing import _check_uncompiled, _move_mask, _rename, _unmask_untied
 
 # %% ../nbs/02_surgery.ipynb #02edb971
 class Site(NamedTuple):
@@ -90,13 +90,15 @@ def apply_once(
     """Call a function once per tensor or module, however many names it has; results go to all sites.
 
     A gradient follows in type and place, and is dropped where the shape changes. Raises ValueError
-    for pseudo-ties, TypeError for results that are no tensors; then nothing has been set."""
+    for pseudo-ties and wrapped models, TypeError for results that are no tensors; then nothing has been set, but
+    for what `fn` itself wrote."""
     one_of(to, "to", ("tensors", "parameters", "buffers", "modules"))
     function(fn, "fn", ["module" if to == "modules" else "tensor"])
     no_views(model, "apply_once")
     if to == "modules":
         for module in [*model.modules()]: fn(module)
         return model
+    _changeable(model)
     _need_shapes(model)
     groups = by_tensor(sites(model, buffers=to != "parameters"))
     groups = [group for group in groups if to != "buffers" or not isinstance(group[0].tensor, nn.Parameter)]
@@ -170,7 +172,9 @@ def replace_modules(
     a tie would break, TypeError where `make` returns no module; then the model is as before."""
     one_of(on_conflict, "on_conflict", ("error", "first", "untie"))
     function(make, "make", ["module"])
+    _changeable(model)
     chosen = choose_modules(model, which, "which")
+    for module, names in chosen.items(): _check_uncompiled(dict.fromkeys(names, module), "which")
     no_views(model, "replace_modules")
     groups = by_tensor(sites(model, buffers=True))
     new = {module: _made(make, module, names[0]) for module, names in chosen.items()}
@@ -206,7 +210,7 @@ class _Plan(NamedTuple):
 def _plan(group, inside, new, on_conflict):
     "How the sites of one tensor stay one; raises ValueError where they would not."
     inside = [(module, f"{path}.{site.attribute}".lstrip("."), site) for site in group
-              for module, path in [inside.get(id(site.module), (None, ""))] if module]
+              for module, path in [inside.get(id(site.module), (None, ""))] if module is not None]
     held = [_tensors(new[module]) for module, *_ in inside]
     common = {id(t): t for t in held[0].values() if all(any(t is u for u in own.values()) for own in held)}
     made = [own.get(name) for own, (_, name, _) in zip(held, inside)]
@@ -381,6 +385,7 @@ def resize_(
     Parameters stay the same objects, gradients are dropped; a function fills matrices, and biases
     get zeros. Raises ValueError for a layer without a rule, lengths that contradict, an optimizer
     that lacks a parameter, and changes nothing then. The mean as a start: Hewitt (2021)."""
+    _changeable(model)
     no_views(model, "resize_")
     _need_shapes(model)
     rules, found = {**_SIZES, **_checked(rules or {})}, sites(model)

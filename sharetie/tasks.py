@@ -23,6 +23,15 @@ from .tying import TiePenalty
 _TAKEN = ("stored", "shared", "tied", "training")  # names that cannot be a task's
 
 
+class _Heads(nn.ModuleDict):
+    "Heads by task. Raises ValueError for an unknown one."
+    def __getitem__(self, task):
+        if task not in self._modules: one_of(task, "tasks", self._modules)
+        return self._modules[task]
+
+    def _get_name(self): return "ModuleDict"
+
+
 def _checked_heads(heads):
     "The heads by task, if they can be the parts of a model."
     expected = "a dictionary of modules by task"
@@ -34,7 +43,7 @@ def _checked_heads(heads):
         fine = task and "." not in task and not hasattr(nn.ModuleDict, task) and task not in _TAKEN
         need(fine, "heads", "a task's name without dots that no module has as attribute", task)
         need(isinstance(head, nn.Module), f"heads[{task!r}]", "a module", type(head), TypeError)
-    return nn.ModuleDict(heads)
+    return _Heads(heads)
 
 # %% ../nbs/20_tasks.ipynb #dce2fc75
 class Multitask(nn.Module):
@@ -261,7 +270,17 @@ def missing(
     return torch.zeros_like(y) if y.dtype == torch.bool else y == -100
 
 # %% ../nbs/20_tasks.ipynb #a3978cbd
-def _present(task, output, y):
+def _by_entry(task, size, shape, class_axis):
+    "Is there an output (or a row of classes) for each entry of labels of shape `size`?"
+    last, second = shape[:len(size)] == size, shape[:1] + shape[2:] == size
+    if len(shape) != len(size) + 1 or class_axis is None and not (last and second): return last
+    got = f"outputs[{task!r}]"
+    need(class_axis is not None, "class_axis", f"1 or -1 where both can be the classes of {got}, of shape {shape},", None)
+    need(last if class_axis == -1 else second, got, f"classes on axis {class_axis} beside labels of shape {size}", shape)
+    return class_axis == -1
+
+
+def _present(task, output, y, class_axis=None):
     "The rows or entries of one task that have a label: outputs and labels."
     got, label = f"outputs[{task!r}]", f"labels[{task!r}]"
     need(isinstance(output, Tensor), got, "a tensor", type(output), TypeError)
@@ -272,7 +291,8 @@ def _present(task, output, y):
     need(not spread, label, f"the shape of the outputs, {shape},", size)
     there = ~missing(y)
     rows = there.flatten(1).any(1) if len(size) > 1 else there
-    if len(size) > 1 and shape[:len(size)] == size:
+    axis = None if y.is_floating_point() else class_axis
+    if len(size) > 1 and _by_entry(task, size, shape, axis):
         parts = there.flatten(1).all(1) != rows  # rows of which some entries are missing
         if not y.is_floating_point() or parts.any(): return output[there], y[there]
     return output[rows], y[rows]
@@ -287,6 +307,9 @@ class TaskLosses:
         # by task, a function of outputs (m, ...) and labels (m, ...) to a scalar
         losses: Mapping[str, Callable],
         weights: Mapping[str, float] | None = None,  # by task, for `total`; 1 for those left out
+        # of outputs whose labels are classes of several entries: 1, as `cross_entropy` has it,
+        # or -1; None: by the shapes, and an error where both fit
+        class_axis: int | None = None,
     ):
         need(isinstance(losses, Mapping), "losses", "a dictionary by task", losses, TypeError)
         need(len(losses) > 0, "losses", "at least one task", "none")
@@ -294,6 +317,9 @@ class TaskLosses:
         weights = {} if weights is None else weights
         need(isinstance(weights, Mapping), "weights", "a dictionary by task", weights, TypeError)
         for task in weights: one_of(task, "weights", self.losses)
+        fine = class_axis in (None, 1, -1) and not isinstance(class_axis, (bool, float))
+        need(fine, "class_axis", "1, -1 or None", class_axis)
+        self.class_axis = class_axis
         self.weights = {t: nonnegative(weights.get(t, 1.), f"weights[{t!r}]") for t in losses}
 
     def __call__(self,
@@ -312,7 +338,7 @@ class TaskLosses:
 
     def _loss(self, task, output, y):
         "The loss of one task, or None without labels."
-        output, y = _present(task, output, y)
+        output, y = _present(task, output, y, self.class_axis)
         if len(y) == 0: return None
         loss = self.losses[task](output, y)
         fine = isinstance(loss, Tensor) and loss.numel() == 1
@@ -372,8 +398,8 @@ def pooled(
     need(len({*kinds.values()}) == 1, "data", "inputs of one shape and type", kinds)
     labels = {}
     for task, (_, y) in data.items():
-        expected = "labels that can be missing, floating point or whole numbers,"
-        need(y.dtype != torch.bool, f"data[{task!r}]", expected, y, TypeError)
+        expected = "labels that can be missing, floating point or whole numbers with a sign,"
+        need(y.dtype.is_signed, f"data[{task!r}]", expected, y, TypeError)
         gap = float("nan") if y.is_floating_point() else -100
         rows = {t: y.new_full((len(x), *y.shape[1:]), gap) for t, (x, _) in data.items()}
         labels[task] = torch.cat([*(rows | {task: y}).values()])
@@ -391,6 +417,7 @@ class OwnInputs(torch.utils.data.Dataset):
     def __len__(self): return max(len(y) for _, y in self.data.values())
 
     def __getitem__(self, i):
+        need(hasattr(i, "__index__"), "i", "a whole number", i, TypeError)
         if not -len(self) <= i < len(self): raise IndexError(f"i: below {len(self)} is expected, got {i}")
         rows = {task: (x[i % len(y)], y[i % len(y)]) for task, (x, y) in self.data.items()}
         return tuple({task: row[part] for task, row in rows.items()} for part in (0, 1))

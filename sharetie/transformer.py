@@ -112,7 +112,7 @@ class CharacterModel(nn.Module):
         tensor(x, "x", floating=False, ndim=2)
         try: h = self.embedding(x)
         except IndexError: raise ValueError(_outside(x, len(ALPHABET))) from None
-        h = h + positions(x.shape[1], self.embedding.embedding_dim, device=x.device)
+        h = h + positions(x.shape[1], self.embedding.embedding_dim, device=x.device).to(h.dtype)
         for block in self.blocks: h = block(h)
         return self.head(self.norm(h))
 

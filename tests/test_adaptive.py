@@ -416,6 +416,9 @@ def test_bad_trees_and_branches():
     assert parted.tree == tree(2, [["a", "c"], ["b"]])
     with pytest.raises(TypeError, match="model: an AdaptiveHard"): branch_(Hard(mlp(), heads()), measured(parted, 0.), .5)
     with pytest.raises(ValueError, match="without '\\+'"): AdaptiveHard(mlp(), heads(["a+b"]))
+    tied = mlp()
+    tied[2].bias = tied[0].bias
+    with pytest.raises(ValueError, match=r"trunk: no Parameter in two stages .*\['0.bias', '2.bias'\]"): AdaptiveHard(tied, heads())
     with pytest.raises(TypeError, match="trunk: an nn.Sequential"): AdaptiveHard(nn.Linear(6, 8), heads())
     model, other = AdaptiveHard(mlp(), heads()), AdaptiveHard(mlp(), heads())
     for value, error in ((-1, ValueError), (float("nan"), ValueError), ("all", TypeError)):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 
-from sharetie.attention import Attention, Block, Cache, attention, positions
+from sharetie.attention import Attention, Block, Cache, attention, from_multihead, positions
 
 
 def heads(q=4, kv=4, n=5, m=5, width=8, dtype=torch.float64, seed=0, batch=(2,)):
@@ -232,3 +232,18 @@ def test_what_positions_refuses():
     with pytest.raises(ValueError, match="n: a whole number of at least 0"): positions(-1, 4)
     with pytest.raises(TypeError): positions(3., 4)
     with pytest.raises(ValueError, match="base"): positions(3, 4, base=0)
+
+
+def test_a_refused_call_leaves_the_cache_as_it_was():
+    layer, cache, x = Attention(8, 2, causal=True), Cache(), torch.randn(1, 5, 8)
+    layer(x, cache=cache)
+    with pytest.raises(ValueError, match="mask"): layer(x[:, :1], mask=torch.ones(9, 9, dtype=torch.bool), cache=cache)
+    with pytest.raises(ValueError, match="x: the sequences of the cache, 1 is expected, got"): layer(torch.randn(2, 1, 8), cache=cache)
+    with pytest.raises(TypeError, match="cache: a Cache or None"): layer(x, cache=3)
+    assert len(cache) == 5
+
+
+def test_a_frozen_layer_stays_frozen():
+    made = from_multihead(nn.MultiheadAttention(8, 2).requires_grad_(False))
+    assert not any(p.requires_grad for p in made.parameters())
+    assert all(p.requires_grad for p in from_multihead(nn.MultiheadAttention(8, 2)).parameters())

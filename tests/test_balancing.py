@@ -8,9 +8,12 @@ import torch.distributed as dist
 from torch import nn
 
 from processes import in_two_processes
+from schemes import mlp
+from sharetie.adaptive import AdaptiveHard
 from sharetie.aggregation import aligned, cagrad, imtl, mgda, nash, pcgrad, upgrad
 from sharetie.balancing import (DynamicAverage, Equal, FAMO, FromGram, GradNorm, GradVac, Prioritization, RULES,
                                 RandomWeights, Uncertainty, WITH_TASKS, WITHOUT_TASKS, balancer)
+from sharetie.multitask import Single
 from sharetie.results import set_seed
 
 TASKS = ["a", "b", "c"]
@@ -39,8 +42,7 @@ def losses_of(net, x, tasks=TASKS):
     return z, {t: (outputs[t] - 2 * i - x[:, :1]).square().mean() + .1 for i, t in enumerate(TASKS) if t in tasks}
 
 
-def every(name):
-    return balancer(name, TASKS) if name in WITH_TASKS else balancer(name)
+def every(name, **options): return balancer(name, TASKS, **options)
 
 
 NAMES = [*WITHOUT_TASKS, *WITH_TASKS, *RULES]
@@ -149,6 +151,12 @@ def test_large_parameters_are_multiplied_in_pieces(monkeypatch):
     torch.testing.assert_close(balancing._gram([[p.detach() for p in net.trunk.parameters()]] * 2), whole)
 
 
+def test_gradients_that_are_not_there_have_inner_products_of_zero():
+    from sharetie.balancing import _gram
+    assert torch.equal(_gram([[None, None]] * 2), torch.zeros(2, 2, dtype=torch.float64))
+    assert torch.equal(_gram([[None], [torch.ones(3)]]), torch.tensor([[0., 0.], [0., 3.]], dtype=torch.float64))
+
+
 # Memory
 
 @pytest.mark.parametrize("name", WITH_TASKS)
@@ -193,6 +201,153 @@ def test_random_weights_have_the_number_of_tasks_as_their_sum():
     assert RandomWeights(set_seed(0)).backward(losses, net.trunk).sum() == pytest.approx(3)
 
 
+def test_an_optimizer_that_holds_the_logits_does_not_move_them_again():
+    p = nn.Parameter(torch.tensor([1., 1.]))
+    found = []
+    for held in (False, True):
+        method = GradNorm(["a", "b"], alpha=0)
+        optimizer = torch.optim.Adam([p, *method.parameters()] if held else [p], .1)
+        for _ in range(3):
+            method.backward({"a": 100 * p[0].square() + 1, "b": p[1].square() + 1}, [p])
+            p.grad = None
+            optimizer.step()
+        found.append(method.logits.values.detach())
+    assert torch.equal(*found)
+
+
+def test_the_state_of_other_tasks_is_refused_whole(name):
+    method, other = every(name), balancer(name, ["b", "a", "c"])
+    before = copy.deepcopy(other.state_dict())
+    if name == "uncertainty": method.log_variance.data.add_(1.)
+    for model, state in ((other, method.state_dict()), (nn.ModuleList([other]), nn.ModuleList([method]).state_dict())):
+        with pytest.raises(ValueError, match=r"state: that of \['b', 'a', 'c'\] is expected, got \['a', 'b', 'c'\]"): model.load_state_dict(state)
+    if name == "uncertainty": assert torch.equal(other.log_variance, before["log_variance"])
+    every(name).load_state_dict(method.state_dict())
+
+
+def famo():
+    p = nn.Parameter(torch.ones(3))
+    method = FAMO(TASKS, on_nan="skip")
+    return p, method, {t: p[i].square() + i + 1. for i, t in enumerate(TASKS)}
+
+
+def test_famo_takes_losses_in_any_order_and_those_that_sat_out():
+    found = []
+    for names in (["a", "b"], ["b", "c", "a"]):
+        p, method, losses = famo()
+        method.backward(losses | {"c": losses["c"] * math.nan}, [p])
+        after = {"a": losses["a"] / 2, "b": losses["b"], "c": losses["c"] * math.nan}
+        method.update({t: after[t] for t in names})
+        found.append(method.logits.values.detach())
+    assert torch.equal(*found) and found[0][0] < 0 < found[0][1]
+
+
+@pytest.mark.parametrize("losses, words, error", [
+    (3, "losses: a dictionary", TypeError), ({"a": 1., "b": 1., "c": 1.}, r"losses\['a'\]: a floating point tensor", TypeError),
+    ({"a": None}, r"losses\['a'\]: a floating point tensor", TypeError), ({"d": torch.ones(())}, "losses: one of 'a', 'b', 'c'", ValueError),
+    ({"a": torch.ones(())}, r"losses: those of \['a', 'b', 'c'\]", ValueError), ({t: torch.tensor(math.inf) for t in TASKS}, "got none in", ValueError)])
+def test_famo_refuses_other_losses_and_moves_nothing(losses, words, error):
+    p, method, good = famo()
+    method.backward(good, [p])
+    with pytest.raises(error, match=words): method.update(losses)
+    assert (method.logits.values == 0).all()
+    method.update(good | {"b": good["b"] * math.nan, "a": good["a"] / 2})  # b is left out
+    assert method.logits.values.isfinite().all() and method.logits.values[0] < 0
+    p, method, good = famo()
+    method.on_nan = "raise"
+    method.backward(good, [p])
+    with pytest.raises(ValueError, match=r"got nan in \['b'\]"): method.update(good | {"b": good["b"] * math.nan})
+    assert (method.logits.values == 0).all()
+
+
+# Gradients that depend on each other
+
+def reference(J, rule):
+    "The step of a rule in whole vectors of double precision."
+    J = J.double()
+    return J.T @ rule(J @ J.T)
+
+
+@pytest.mark.parametrize("rule", [imtl, aligned, nash], ids=["imtl", "aligned", "nash"])
+@pytest.mark.parametrize("seed", range(6))
+def test_dependent_gradients_in_single_precision(rule, seed):
+    generator = set_seed(seed)
+    u, v = torch.randn(2, 300, generator=generator)
+    rows = torch.stack([u, v, u + .5 * v])
+    p = nn.Parameter(torch.ones(300))
+    FromGram(rule).backward({t: row @ p for t, row in zip(TASKS, rows)}, [p])
+    expected = reference(torch.stack([u.double(), v.double(), u.double() + .5 * v.double()]), rule)
+    torch.testing.assert_close(p.grad.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dependent_gradients_against_torchjd(seed):
+    "Aligned-MTL alone: of IMTL-G it has another pseudo-inverse where gradients depend on each other."
+    jd = pytest.importorskip("torchjd.aggregation")
+    generator = set_seed(seed)
+    u, v = torch.randn(2, 300, generator=generator)
+    rows = torch.stack([u, v, u + .5 * v])
+    p = nn.Parameter(torch.ones(300))
+    FromGram(aligned).backward({t: row @ p for t, row in zip(TASKS, rows)}, [p])
+    wanted = jd.AlignedMTL()(torch.stack([u.double(), v.double(), u.double() + .5 * v.double()]))
+    torch.testing.assert_close(p.grad.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_and_the_sum_that_holds_it():
+    net, x = setting(dtype=torch.float32)
+    z, losses = losses_of(net, x, ["a", "b"])
+    losses["total"] = losses["a"] + losses["b"]
+    J = jacobian(losses, list(net.trunk.parameters())).double()
+    J[2] = J[0] + J[1]
+    balancer("imtl").backward(losses, net.trunk)
+    torch.testing.assert_close(flat(p.grad for p in net.trunk.parameters()).double(), reference(J, imtl), rtol=1e-3, atol=1e-4)
+
+
+# Models of several tasks
+
+@pytest.mark.parametrize("tree, alone", [([["a", "c"], ["b"]], ["b"]), ([["a"], ["b"], ["c"]], TASKS)])
+def test_tasks_that_share_nothing_get_their_own_gradient(name, tree, alone):
+    set_seed(0)
+    model = AdaptiveHard(mlp(), {t: nn.Linear(8, 1) for t in TASKS}, [tree] * 2).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    def losses(): return {t: (out - 2 * i).square().mean() for i, (t, out) in enumerate(model(x).items())}
+    found = losses()
+    own = {t: torch.autograd.grad(found[t], [p for part in model.parts(t) for p in part.parameters()], retain_graph=True) for t in alone}
+    used = every(name).backward(found, model)
+    for t in alone:
+        assert used[TASKS.index(t)] == 1
+        for p, g in zip((p for part in model.parts(t) for p in part.parameters()), own[t]): torch.testing.assert_close(p.grad, g)
+    if alone == TASKS or name in ("random", "graddrop"): return
+    together, shared = [p.grad.clone() for p in model.nodes[0]["a+c"].parameters()], model.shared_parameters()
+    model.zero_grad()
+    found = losses()
+    every(name).backward({t: found[t] for t in "ac"}, shared)
+    for p, g in zip(model.nodes[0]["a+c"].parameters(), together): torch.testing.assert_close(p.grad, g)
+
+
+def test_a_model_without_anything_shared_and_a_loss_of_another(name):
+    model, x = Single(mlp(), {t: nn.Linear(8, 1) for t in TASKS}), torch.randn(4, 6)
+    losses = {t: out.square().mean() for t, out in model(x).items()}
+    refused(every(name), losses | {"b": nn.Parameter(torch.ones(())) * 2}, model, r"losses\['b'\]: a loss that depends on shared", net=model)
+    every(name).backward(losses, model)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# Compiled parts
+
+def test_a_compiled_trunk_after_a_plain_backward_pass_is_a_clear_error():
+    net, x = setting(dtype=torch.float32)
+    trunk = torch.compile(net.trunk, backend="aot_eager")
+    def losses():
+        z = trunk(x)
+        return z, {t: head(z).square().mean() for t, head in net.heads.items()}
+    sum(losses()[1].values()).backward()
+    net.zero_grad()
+    refused(balancer("nash"), losses()[1], net.trunk, "losses: a graph that allows several backward passes .*donated_buffer = False", net=net)
+    z, found = losses()
+    balancer("nash").backward(found, net.trunk, representation=z)
+
+
 # Mixed precision
 
 @pytest.mark.parametrize("form", ["exact", "representation"])
@@ -225,7 +380,7 @@ def test_an_overflow_reaches_the_scaler():
 def two_steps(name, form):
     "The gradients after two steps on this process's half of the batch."
     net, x = setting(n=8)
-    method = balancer(name, TASKS, group=dist.group.WORLD) if name in WITH_TASKS else balancer(name, group=dist.group.WORLD)
+    method = every(name, group=dist.group.WORLD)
     for _ in range(2):
         z, losses = losses_of(net, x.chunk(2)[dist.get_rank()])
         method.backward(losses, net.trunk, representation=z if form == "representation" else None)
@@ -269,8 +424,7 @@ def test_bad_losses(name):
 
 
 def test_a_task_with_nan_may_sit_out(name):
-    options = {"on_nan": "skip"}
-    method = balancer(name, TASKS, **options) if name in WITH_TASKS else balancer(name, **options)
+    method = every(name, on_nan="skip")
     net, x = setting()
     z, losses = losses_of(net, x)
     assert method.backward(losses | {"b": losses["b"] * math.nan}, net.trunk).shape == (2,)
@@ -278,14 +432,84 @@ def test_a_task_with_nan_may_sit_out(name):
     refused(method, {"b": losses["b"] * math.nan}, net.trunk, r"got none in \['b'\]")
 
 
-@pytest.mark.parametrize("name", WITH_TASKS)
 def test_unknown_tasks(name):
     net, x = setting()
     z, losses = losses_of(net, x)
     refused(balancer(name, ["a", "b"]), losses, net.trunk, "losses: one of 'a', 'b' is expected, got 'c'")
     with pytest.raises(ValueError, match="tasks: different names"): balancer(name, ["a", "a"])
-    with pytest.raises(ValueError, match="tasks: different names"): balancer(name)
+    if name in WITH_TASKS:
+        with pytest.raises(ValueError, match="tasks: different names"): balancer(name)
     with pytest.raises(TypeError, match="tasks: the names"): balancer(name, "abc")
+
+
+GRADIENT = [n for n in NAMES if n in ("graddrop", "gradvac", "gradnorm", *RULES)]
+
+
+@pytest.mark.parametrize("form", ["exact", "representation"])
+@pytest.mark.parametrize("name", GRADIENT)
+def test_a_finite_loss_with_a_gradient_of_nan(name, form):
+    net, x = setting()
+    def losses():
+        z, found = losses_of(net, x)
+        return z, found | {"b": found["b"] + (z.sum() * 0).abs().sqrt()}
+    z, bad = losses()
+    z = z if form == "representation" else None
+    refused(every(name), bad, net.trunk, r"finite gradients are expected, got NaN or infinity in \['b'\]", net=net, representation=z)
+    if name == "graddrop": return
+    z, bad = losses()
+    rep = z if form == "representation" else None
+    assert every(name, on_nan="skip").backward(bad, net.trunk, representation=rep).shape == (2,)
+    found = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    z, good = losses_of(net, x, ["a", "c"])
+    rep = z if form == "representation" else None
+    every(name).backward(good, net.trunk, representation=rep)
+    for p, g in zip(net.parameters(), found):
+        assert (p.grad is None) == (g is None) and (g is None or torch.equal(p.grad, g))
+
+
+def test_all_gradients_of_nan():
+    net, x = setting()
+    z, losses = losses_of(net, x, ["a"])
+    losses["a"] = losses["a"] + (z.sum() * 0).abs().sqrt()
+    refused(balancer("nash", on_nan="skip"), losses, net.trunk, r"finite gradients .*\['a'\]", net=net)
+
+
+def test_gradnorm_refuses_a_first_loss_of_zero():
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    method = GradNorm(TASKS)
+    refused(method, losses | {"b": losses["b"] * 0}, net.trunk, r"losses\['b'\]: a first loss above 0 is expected, got 0.0", net=net)
+    assert method.first.isnan().all() and (method.logits.values == 0).all()
+    method.backward(losses_of(net, x)[1], net.trunk)
+    method.backward(losses_of(net, x)[1] | {"b": 0 * losses_of(net, x)[1]["b"]}, net.trunk)
+    assert method.logits.values.isfinite().all()
+
+
+def test_options_reach_the_rule():
+    gram = torch.tensor([[1., -.5, .2], [-.5, 2., -.8], [.2, -.8, 1.]])
+    torch.testing.assert_close(balancer("cagrad", c=.2).coefficients(gram, {}), cagrad(gram, .2))
+    torch.testing.assert_close(balancer("pcgrad", generator=set_seed(0)).coefficients(gram, {}), pcgrad(gram, set_seed(0)))
+    with pytest.raises(ValueError, match="c: a finite number"): balancer("cagrad", c=-1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'd'"): balancer("nash", d=1)
+    for name in ("pcgrad", "random", "graddrop"):
+        with pytest.raises(TypeError, match="generator: a torch.Generator or None is expected, got 3"): balancer(name, generator=3)
+    with pytest.raises(TypeError, match="generator"): GradVac(TASKS, generator=3)
+
+
+@pytest.mark.parametrize("rule, error", [(lambda gram: [1., 1., 1.], TypeError), (lambda gram: torch.ones(2), ValueError),
+                                         (lambda gram: torch.full((3,), math.nan), ValueError), (lambda gram: None, TypeError)])
+def test_the_answer_of_a_rule_is_checked(rule, error):
+    net, x = setting()
+    refused(FromGram(rule), losses_of(net, x)[1], net.trunk, "what the rule gives", error, net)
+
+
+def test_sparse_gradients_are_named():
+    net = nn.ModuleDict({"words": nn.Embedding(5, 3, sparse=True), "a": nn.Linear(3, 1), "b": nn.Linear(3, 1)})
+    z = net["words"](torch.tensor([1, 2]))
+    losses = {t: net[t](z).square().mean() for t in "ab"}
+    refused(balancer("nash"), losses, net["words"], r"shared.weight: a Parameter with dense gradients", net=net)
+    refused(balancer("nash"), losses, [net["words"].weight], r"shared, of shape \(5, 3\): a Parameter with dense", net=net)
 
 
 def test_other_bad_input():
@@ -298,6 +522,8 @@ def test_other_bad_input():
     with pytest.raises(ValueError, match="alpha"): GradNorm(TASKS, alpha=-1)
     with pytest.raises(ValueError, match="regression: one of"): Uncertainty(TASKS, ["d"])
     with pytest.raises(ValueError, match=r"figures\['a'\]"): Prioritization(TASKS).observe({"a": 1.5})
+    with pytest.raises(TypeError, match="figures: a dictionary"): Prioritization(TASKS).observe(3)
+    refused(Equal(), losses, net.trunk, "scaler: a torch.amp.GradScaler", TypeError, net, scaler=3)
     for name in ("scale_invariant", "geometric"):
         refused(balancer(name), losses | {"b": -losses["b"]}, net.trunk, r"losses\['b'\]: a positive loss", net=net)
     refused(FAMO(TASKS, least=5.), losses, net.trunk, "a positive loss", net=net)

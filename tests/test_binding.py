@@ -907,3 +907,41 @@ def test_a_tie_that_cannot_be_mended_leaves_buffers_as_persistent_as_they_were()
     before = list(model.state_dict())
     with pytest.raises(BrokenTie): retie_(model, on_conflict="first")
     assert list(model.state_dict()) == before
+
+
+class Speaker(nn.Module):
+    "Embedding, two like layers and a head."
+    def __init__(self):
+        super().__init__()
+        self.emb, self.first, self.second = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 6, bias=False)
+
+    def forward(self, x): return self.head(self.second(self.first(self.emb(x))))
+
+
+def test_ties_made_through_the_wrapper_of_compile_are_those_of_the_model():
+    model, at = torch.compile(inner := Speaker(), backend="eager"), "_orig_mod."
+    before = model(torch.arange(6))
+    tie_(model, [f"{at}emb.weight", f"{at}head.weight"])
+    share_module_(model, [f"{at}first", f"{at}second"])
+    assert [d.names for d in declared_ties(inner)] == [("emb.weight", "head.weight"), ("first", "second")]
+    assert [d.names for d in declared_ties(model)] == [tuple(at + n for n in d.names) for d in declared_ties(inner)]
+    assert len(check_ties(model)) == len(check_ties(inner)) == 3
+    after = model(torch.arange(6))
+    assert not torch.equal(before, after) and torch.equal(after, inner(torch.arange(6)))
+    untie_(model, f"{at}second")
+    untie_(model, f"{at}head.weight")
+    assert not declared_ties(model) and not find_ties(model)
+
+
+def test_ties_of_a_compiled_model_are_kept_and_mended():
+    model, at = torch.compile(Speaker(), backend="eager"), "_orig_mod."
+    tie_(model, [f"{at}first.weight", f"{at}second.weight"], map=Transpose())
+    model.get_submodule(f"{at}head").weight = model.get_submodule(f"{at}emb").weight
+    assert keep_ties(model) is model and len(declared_ties(model)) == 2
+    model.to(torch.float64)
+    model.load_state_dict(model.state_dict())
+    assert len(check_ties(copy.deepcopy(model))) == len(check_ties(model)) == 2
+    model.get_submodule(f"{at}head").weight = nn.Parameter(torch.zeros(6, 4, dtype=torch.float64))
+    with pytest.raises(BrokenTie, match=f"{at}emb.weight = {at}head.weight"): check_ties(model)
+    assert len(retie_(model, on_conflict="first")) == 2

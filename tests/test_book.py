@@ -24,7 +24,7 @@ import lint  # noqa: E402
 import readme  # noqa: E402
 from blocks import PANDOC, markdown  # noqa: E402
 from lint import checked, lint_cells, lint_tree  # noqa: E402
-from outline import BookError, Chapter, entries, outline  # noqa: E402
+from outline import BookError, Chapter, digest, entries, outline  # noqa: E402
 from process import local, meant  # noqa: E402
 from refs import Page, number  # noqa: E402
 from tables import mended  # noqa: E402
@@ -524,3 +524,12 @@ def test_with_quarto_on_the_path_it_gets_the_whole_project(built, tmp_path):
     failed = toybook.build(built, QUARTO_EXIT="3", **env)
     assert failed.returncode == 1 and "quarto render failed (exit status 3)" in failed.stderr
     assert (built / "_docs" / "index.html").read_text() == "quarto was here\n"
+
+
+def test_a_site_knows_its_sources(tmp_path):
+    "The tests open what `make book` has built only if nothing has changed since."
+    root = toybook.write(tmp_path / "toy")
+    assert toybook.build(root).returncode == 0
+    assert (root / "_docs" / ".sources").read_text() == digest(root)
+    with open(root / "nbs" / "references.bib", "a") as file: file.write("\n")
+    assert (root / "_docs" / ".sources").read_text() != digest(root)

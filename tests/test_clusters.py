@@ -1,6 +1,7 @@
-"Clusters on a line: the optimum against brute force, kmeans1d where it is there, and scikit-learn; starts, weights, refusals."
+"Clusters on a line: the optimum against brute force, kmeans1d, and scikit-learn; starts, weights, refusals."
 import itertools
 
+import kmeans1d
 import pytest
 import torch
 from sklearn.cluster import KMeans
@@ -46,7 +47,6 @@ def test_equals_brute_force_with_ties():
 
 @pytest.mark.parametrize("k", [16, 64])
 def test_equals_kmeans1d(k):
-    kmeans1d = pytest.importorskip("kmeans1d")
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(k)).double()
     codes, centers = kmeans1d.cluster(values.tolist(), k)
     theirs = (values - torch.tensor(centers).double()[torch.tensor(codes)]).square().sum().item()
@@ -106,7 +106,7 @@ def test_far_off_and_shifted_values_keep_their_groups():
     assert kmeans_1d(torch.full((9,), 3.), 1).error == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_gpu_equals_cpu():
     values = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
     ours, there = kmeans_1d(values, 16), kmeans_1d(values.cuda(), 16)

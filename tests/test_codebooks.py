@@ -8,7 +8,10 @@ from torch import nn
 
 from sharetie.clusters import kmeans_1d
 from sharetie.codebooks import Lookup, cluster_, code_bits, compression_rate, decode_, stored_bits
+from sharetie.masks import _inner
 from sharetie.results import set_seed
+from sharetie.ties import check_ties, declared_ties, load_model, save_model
+from sharetie.transformer import CharacterModel
 
 
 def mlp():
@@ -184,3 +187,16 @@ def test_refuses_nan_and_no_model():
     for call in (lambda: cluster_(3, 2), lambda: decode_(3), lambda: stored_bits(3)):
         with pytest.raises(TypeError, match="a module"): call()
     with pytest.raises(ValueError, match="look-ups"): decode_(mlp())
+
+
+@pytest.mark.parametrize("scope", ["layer", "across"])
+def test_declared_ties_hold_through_clustering_and_back(scope, tmp_path):
+    model = CharacterModel(16, 2, 1)
+    declared = declared_ties(model)
+    cluster_(model, 8, scope=scope)
+    assert [d.names for d in declared_ties(model)] == [tuple(_inner(name) for name in d.names) for d in declared]
+    check_ties(model)
+    save_model(model, tmp_path / "clustered.safetensors")
+    load_model(model, tmp_path / "clustered.safetensors")
+    decode_(model)
+    assert declared_ties(model) == declared and check_ties(model)["embedding.weight"]

@@ -63,9 +63,14 @@ class Gift:
 
 def test_what_cannot_be_read_is_one_line(folder):
     torch.save({"gift": Gift()}, "gift.pt")
+    torch.save({"sparse": torch.eye(3).to_sparse()}, "sparse.pt")
+    own = {}
+    own["own"] = own
+    torch.save(own, "own.pt")
+    (folder / "deep.index.json").write_text("[" * 200_000)
     (folder / "text").write_text("hello, I am no checkpoint")
     (folder / "cut").write_bytes((folder / "model.safetensors").read_bytes()[:100])
-    said = {"gift.pt": "a pickle that calls", "text": "neither safetensors nor a torch file", "cut": "damaged, truncated", "none": "No such file", ".": "Is a directory"}
+    said = {"gift.pt": "a pickle that calls", "sparse.pt": "a tensor of torch.sparse_coo", "own.pt": "do not hold themselves", "deep.index.json": "no index", "text": "neither safetensors nor a torch file", "cut": "damaged, truncated", "none": "No such file", ".": "Is a directory"}
     for path, why in said.items():
         for words in (["ties", path], ["dedup", path, "new"]):
             done = run(*words)

@@ -282,7 +282,11 @@ def test_autocast(name):
 
 
 @pytest.mark.parametrize("make, error, match", [
-    (lambda: smooth_step(torch.ones(1), 0), ValueError, "width: a number above 0"),
+    (lambda: smooth_step(torch.ones(1), 0), ValueError, "width: a finite number above 0"),
+    (lambda: smooth_step(torch.ones(1), "a"), TypeError, "width: a number is expected, got 'a'"),
+    (lambda: smooth_step([1.]), TypeError, r"t: a floating point tensor is expected, got \[1.0\]"),
+    (lambda: DSelectK(mlp(), heads(), dim=7)(torch.ones(4, 6)), ValueError, r"x: an input of 7 features on axis -1 is expected, got \(4, 6\)"),
+    (lambda: DSelectGate(4, 2, 3)([1., 2., 3.]), TypeError, "x: a floating point tensor"),
     (lambda: DSelectGate(0), ValueError, "n: a whole number of at least 1"),
     (lambda: DSelectGate(4, 0), ValueError, "k: a whole number from 1 to 4 is expected, got 0"),
     (lambda: DSelectGate(4, 5), ValueError, "k: a whole number from 1 to 4 is expected, got 5"),
@@ -302,6 +306,26 @@ def test_autocast(name):
 ])
 def test_bad_input(make, error, match):
     with pytest.raises(error, match=match): make()
+
+
+def test_no_examples_have_no_penalty():
+    for n in (4, 5): assert selection_penalty(torch.ones(0, 2, n), 1.).item() == 0
+
+
+SCHEMES = {"dselect-k": lambda e, f: DSelectK(e, heads(), 4), "dselect-k, by example": lambda e, f: DSelectK(e, heads(), 4, dim=6),
+           "adatt": lambda e, f: AdaTT([e, f], heads(), shared=1), "adatt without gates": lambda e, f: AdaTT([e, f], heads(), gate=Nothing)}
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_inputs_that_do_not_fit_say_so(name):
+    model = SCHEMES[name](expert(), expert(8, 8))
+    for bad in (torch.ones(4, 5), torch.ones(6, 4), torch.tensor(1.)):
+        with pytest.raises(ValueError, match=r"x: an input of 6 features on axis -1 is expected, got"): model(bad)
+    for bad in (torch.ones(4, 6, dtype=int), torch.ones(4, 6).bfloat16(), torch.ones(4, 6).tolist()):
+        with pytest.raises(TypeError, match="x: (a floating point tensor|inputs of torch.float32, as the weights are,) is expected, got"): model(bad)
+    if name.startswith("adatt"):
+        with pytest.raises(ValueError, match=r"'a' of the level before: an input of 5 features on axis -1 is expected, got \(4, 8\)"):
+            SCHEMES[name](expert(), expert(8, 5))(torch.ones(4, 6))
 
 
 def test_one_conv_expert_needs_a_gate_that_fits():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sharetie.gradients import chain_bound, chain_norms, forget_bias_, gradient_by_step, identity_, orthogonal_, state_jacobians
+from sharetie.ties import Transpose, tie_
 from sharetie.unrolled import Unrolled
 
 B, N, D, H = 3, 6, 2, 4
@@ -277,3 +278,31 @@ def test_terms_without_grad_mode():
 def test_a_constant_loss(f):
     with pytest.raises(ValueError, match="^loss: one that depends on the outputs or the state is expected"):
         gradient_by_step(made("gru"), inputs(), f)
+
+
+def test_starts_refuse_computed_weights_and_change_nothing():
+    cells = nn.ModuleDict({"a": nn.RNNCell(3, 4), "b": nn.RNNCell(3, 4)})
+    tie_(cells, ["a.weight_hh", "b.weight_hh"], map=Transpose())
+    normed = nn.ModuleList([nn.RNN(3, 4), nn.utils.parametrizations.weight_norm(nn.RNNCell(3, 4), "weight_hh")])
+    gates = nn.ModuleList([nn.LSTMCell(3, 4), nn.LSTMCell(3, 4)])
+    nn.utils.parametrize.register_parametrization(gates[1], "bias_ih", nn.Identity())
+    for module, start, name in ((cells, identity_, "weight_hh"), (cells, orthogonal_, "weight_hh"), (normed, orthogonal_, "weight_hh"), (gates, forget_bias_, "bias_ih")):
+        before = {key: value.clone() for key, value in module.state_dict().items()}
+        with pytest.raises(ValueError, match=f"module: cells with weights of their own is expected, got .*{name}"): start(module)
+        assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_orthogonal_in_half_precision():
+    layers = nn.ModuleList([nn.LSTM(3, 4), nn.LSTM(3, 4).bfloat16()])
+    orthogonal_(layers)
+    for gate in layers[1].weight_hh_l0.float().split(4): assert torch.allclose(gate @ gate.T, torch.eye(4), atol=3e-2)
+
+
+def test_chain_norms_of_an_explosion_are_infinite():
+    unrolled = Unrolled(nn.RNNCell(3, 4, nonlinearity="relu"), 120)
+    identity_(unrolled, 3.)
+    norms = chain_norms(state_jacobians(unrolled, torch.ones(2, 120, 3)))
+    assert torch.allclose(norms[:10], 3. ** torch.arange(10)[:, None].expand(10, 2)) and norms[-1].isinf().all()
+    factors = torch.eye(2).repeat(3, 1, 1, 1)
+    factors[0, 0, 0, 0] = torch.nan
+    assert chain_norms(factors).isnan().sum() == 1 and chain_norms(factors.bfloat16()).dtype == torch.bfloat16

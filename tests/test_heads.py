@@ -346,3 +346,13 @@ def test_llama_refuses_svd(transformers):
     with pytest.raises(ValueError, match="how: 'mean' or 'first' for LlamaAttention, which may turn its keys"): group_heads_(model, 2, "svd")
     with pytest.raises(ValueError, match="groups: a divisor of the 4 heads"): group_heads_(model, 3)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters()) and model.config.num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("how", ["mean", "first", "svd"])
+def test_heads_with_nan_are_refused_and_stay(how):
+    layer = Attention(8, 4)
+    with torch.no_grad(): layer.k.weight[0, 0] = torch.nan
+    before = layer.k.weight.clone()
+    with pytest.raises(ValueError, match="weight of k: finite numbers are expected"): group_heads_(layer, 2, how)
+    assert torch.equal(layer.k.weight.nan_to_num(), before.nan_to_num())
+    assert group_heads_(Attention(8, 4, device="meta"), 2, "mean").k.weight.shape == (4, 8)

@@ -65,6 +65,16 @@ def test_active_weights_of_models():
     with pytest.raises(TypeError, match="model: a module"): active_weights(None)
 
 
+def test_experts_that_layers_share_count_once():
+    layers = nn.ModuleList(MoE(8, 4, 6, k) for k in (1, 2))
+    layers[1].experts = layers[0].experts
+    experts, routers = 6 * 3 * 4 * 8, 2 * 6 * 8
+    assert active_weights(layers) == (experts + routers, experts // 3 + routers)
+    layers = nn.ModuleList(MoE(8, 4, 6, 1) for _ in range(2))
+    layers[1].experts.w_in = layers[0].experts.w_in  # one stack alone
+    assert active_weights(layers) == (experts * 4 // 3 + routers, experts * 4 // 18 + routers)
+
+
 def test_losses_add_up_over_layers():
     lm = model(layers=3)
     with pytest.raises(ValueError, match="model: one that has seen a batch is expected, got CharacterModel"): auxiliary_loss(lm, .1)

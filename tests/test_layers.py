@@ -445,3 +445,10 @@ def test_the_cache_of_keys_and_values_still_knows_its_layers(kind):
     past = model(x, use_cache=True).past_key_values
     last = model(x[:, :1], past_key_values=past).logits
     torch.testing.assert_close(last[:, 0], model(torch.cat([x, x[:, :1]], 1)).logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mean_with_nan_is_refused_and_nothing_shared():
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    with torch.no_grad(): model[1].bias[0] = torch.inf
+    with pytest.raises(ValueError, match="1.bias: finite numbers are expected"): share_layers_(model, values="mean")
+    assert not find_ties(model)

@@ -405,3 +405,10 @@ def test_gpu(n, how):
     torch.testing.assert_close(local(x), conv(x))
     seed = torch.randn_like(conv(x))
     torch.testing.assert_close(torch.autograd.grad(local(x), x, seed), torch.autograd.grad(conv(x), x, seed))
+
+
+def test_what_was_frozen_stays_so_unshared():
+    conv = nn.Conv2d(2, 3, 3)
+    conv.weight.requires_grad_(False)
+    local = unshare(conv, 5)
+    assert not local.weight.requires_grad and local.bias.requires_grad

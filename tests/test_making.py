@@ -4,6 +4,7 @@ import io
 import math
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.utils import parametrizations, parametrize
 from sharetie.finding import Reshape, Scale, Slice, Transpose, find_ties, places
 from sharetie.making import Function, _tie_all, declared_ties, tie_
 from sharetie.sharing import share_module_, untie_
+from sharetie.surgery import apply_once, replace_modules, resize_
 
 PAIR = ["emb.weight", "head.weight"]
 
@@ -689,3 +691,76 @@ def test_row_4_two_wrong_merges_of_an_adapter_and_the_right_one(way):
             tie_(model, PAIR)
         model.get_parameter(declared_ties(model)[0].names[0]).add_(delta)
     assert torch.allclose(model.head.weight, value + delta) and check_ties(model)
+
+
+def test_surgery_refuses_wrapped_models(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    ddp, fsdp = nn.parallel.DistributedDataParallel(Words()), Words()
+    fully_shard(fsdp, mesh=init_device_mesh("cpu", (1,)))
+    for model, prefix in ((ddp, "module."), (fsdp, "")):
+        before = {name: p.tensor for name, p in places(model).items()}
+        for call in (lambda: resize_(model, prefix + "head.weight", 9), lambda: apply_once(model, torch.zeros_like),
+                     lambda: replace_modules(model, prefix + "head", lambda old: nn.Linear(4, 6))):
+            with pytest.raises(ValueError, match="model: one that is not wrapped yet is expected"): call()
+        assert all(places(model)[name].tensor is t for name, t in before.items())
+        apply_once(model, lambda module: None, to="modules")
+
+
+def compiled(layer): return torch.compile(layer, backend="eager")
+
+
+def test_what_a_compile_wrapper_runs_is_not_changed_behind_it():
+    def net(): return nn.Sequential(compiled(nn.Linear(4, 4)), compiled(nn.Linear(4, 4)))
+    both, one = net(), compiled(nn.Linear(4, 4))
+    shared = nn.Sequential(one, compiled(one._orig_mod))
+    for call in (lambda: share_module_(both, ["0._orig_mod", "1._orig_mod"]), lambda: untie_(shared, "1._orig_mod"),
+                 lambda: replace_modules(both, nn.Linear, lambda old: nn.Linear(4, 4)),
+                 lambda: replace_modules(both, "0._orig_mod", lambda old: nn.Linear(4, 4))):
+        before = [*both.modules()], [*shared.modules()]
+        with pytest.raises(ValueError, match="modules that are not compiled are expected, got '[01]._orig_mod'"): call()
+        assert ([*both.modules()], [*shared.modules()]) == before
+    share_module_(both, ["0", "1"])
+    assert both[0] is both[1]
+    replace_modules(both, "1", lambda old: nn.Identity())
+    assert torch.equal(both(torch.ones(2, 4)), torch.ones(2, 4))
+
+
+def test_a_layer_without_length_is_replaced():
+    class Empty(nn.Linear):
+        def __len__(self): return 0
+    model = nn.Sequential(nn.Linear(3, 3), Empty(3, 3))
+    assert type(replace_modules(model, "1", lambda old: nn.Tanh())[1]) is nn.Tanh
+
+
+@pytest.mark.parametrize("setting", [(F.silu, torch.tanh), ([1], [2, 3]), ({"a": 1}, {"a": 2}), (torch.float16, torch.float32),
+                                     (torch.ones(2), torch.zeros(2)), (lambda x: x, lambda x: -x), (partial(F.gelu, approximate="tanh"), partial(F.gelu))])
+def test_modules_with_other_settings_are_not_shared(setting):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for layer, value in zip(model, setting): layer.how = value
+    with pytest.raises(ValueError, match="'0' and '1' differ in how"): share_module_(model, ["0", "1"])
+    share_module_(model, ["0", "1"], ignore=["how"])
+
+
+def test_modules_with_equal_settings_are_shared():
+    def scaled(factor): return lambda x: x * factor
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, activation=F.silu) for _ in range(2)))
+    for layer in model: layer.settings = {"list": [1, (2, torch.ones(3))], "run": scaled(2), "part": partial(scaled, 3), "kind": nn.ReLU}
+    share_module_(model, ["0", "1"])
+    others = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for layer, factor in zip(others, (2, 3)): layer.run = scaled(factor)
+    with pytest.raises(ValueError, match="differ in run"): share_module_(others, ["0", "1"])
+
+
+def test_names_that_only_the_leaver_joined_stay_declared():
+    model = nn.ModuleDict({"x": nn.ModuleDict({"e": nn.Linear(3, 3), "h": nn.Linear(3, 3)}), "y": nn.Linear(3, 3)})
+    tie_(model["x"], ["e.weight", "h.weight"])
+    tie_(model, ["x.e.weight", "y.weight"])
+    untie_(model, "x.e.weight")
+    assert [set(d.names) for d in declared_ties(model)] == [{"x.h.weight", "y.weight"}]
+
+
+def test_a_map_of_inference_tensors_is_refused():
+    with torch.inference_mode(): model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    with pytest.raises(ValueError, match="members: tensors that autograd can follow .* got \"'a.weight', made in inference mode"): tie_(model, ["a.weight", "b.weight"], map=Scale(2.))
+    assert tie_(model, ["a.weight", "b.weight"]).names == ("a.weight", "b.weight")

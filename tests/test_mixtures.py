@@ -362,6 +362,48 @@ def test_other_numbers_of_experts_are_refused_and_nothing_is_loaded():
     assert all(torch.equal(v, before[k]) for k, v in many.state_dict().items())
 
 
+BUILDERS = {"mmoe": MMoE, "omoe": OMoE, "cgc": CGC, "ple": lambda e, h: PLE([e, expert(8, 8)], h)}
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_inputs_that_do_not_fit_say_so(name):
+    model = BUILDERS[name](expert(), heads())
+    for bad in (torch.ones(4, 5), torch.ones(6, 4), torch.tensor(1.), torch.ones(4, 6, 1)):
+        for x in (bad, {"b": bad}):
+            with pytest.raises(ValueError, match=r"x: an input of 6 features on axis -1 is expected, got \("): model(x)
+    for bad in (torch.ones(4, 6, dtype=int), torch.ones(4, 6).bfloat16(), torch.ones(4, 6).tolist()):
+        with pytest.raises(TypeError, match="x: (a floating point tensor|inputs of torch.float32, as the weights are,) is expected, got"): model(bad)
+    with pytest.raises(ValueError, match="x: an input of 6 features"): gate_weights(model, torch.ones(4, 5))
+
+
+def test_levels_that_do_not_chain_say_so():
+    model = PLE([expert(), expert(8, 5)], heads())
+    with pytest.raises(ValueError, match=r"'a' of the level before: an input of 5 features on axis -1 is expected, got \(4, 8\)"): model(torch.ones(4, 6))
+
+
+@pytest.mark.parametrize("make", [MMoE, OMoE, CGC])
+def test_gates_flatten_where_experts_do(make):
+    set_seed(0)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(12, 8))
+    model, plain, x = make(flat, heads()).double(), make(flat[1], heads()).double(), torch.randn(4, 3, 4, dtype=torch.float64)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True): p.data.copy_(q)
+    for task, y in model(x).items(): torch.testing.assert_close(y, plain(x.flatten(1))[task])
+    with pytest.raises(ValueError, match=r"x: an input of 12 features on axis -1 after flattening is expected, got \(4, 3, 5\)"): model(torch.ones(4, 3, 5))
+    with pytest.raises(ValueError, match="x: a batch to flatten is expected"): model(torch.ones(12))
+
+
+def test_experts_of_unknown_form_take_what_they_take():
+    class Halves(nn.Module):
+        def forward(self, x): return x.unflatten(-1, (2, -1)).sum(-2)
+
+    experts = [nn.Sequential(Halves(), nn.Linear(3, 8)), nn.Sequential(nn.Embedding(5, 8)), Own()]
+    for e, x in zip(experts, (torch.ones(4, 6), torch.arange(4), torch.ones(4, 6))):
+        model = MMoE(e, heads(), 2, gate=lambda n: Takes(0, n), redraw=False)
+        assert model(x)["a"].shape == (4, 2)
+    conv = MMoE(nn.Conv1d(3, 8, 1), heads(), 2, gate=lambda n: Takes(0, n))
+    with pytest.raises(ValueError, match=r"x: an input of 3 features on axis -2 is expected, got \(4, 5, 3\)"): conv(torch.ones(4, 5, 3))
+
+
 @pytest.mark.parametrize("make, error, match", [
     (lambda: MMoE(mlp(), heads(), 0), ValueError, "num_experts: a whole number of at least 1 is expected, got 0"),
     (lambda: MMoE(mlp(), heads(), 2.), TypeError, "num_experts: a whole number"),

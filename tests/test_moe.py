@@ -1,6 +1,8 @@
 "The mixture of experts against the loop that defines it: values, gradients, and what must not change them."
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sharetie.experts import Experts, FeedForward
 from sharetie.moe import MoE, SoftMoE, merge_experts, upcycle
-from sharetie.routing import Balanced, ExpertChoice, Hash, TopK, drop_overflow, load_balancing_loss, plan_rows, statistics, update_biases_
+from sharetie.routing import (Balanced, ExpertChoice, Hash, Router, TopK, drop_overflow, load_balancing_loss, plan_rows, router_z_loss, statistics,
+                              update_biases_)
 from sharetie.saving import load_model, save_model
 
 DIM, HIDDEN, EXPERTS = 16, 24, 6
@@ -26,7 +29,7 @@ def tokens(n=50, dtype=torch.float32, seed=0):
 
 def make(k=2, router="topk", seed=1, **options):
     torch.manual_seed(seed)
-    return MoE(DIM, HIDDEN, options.pop("num_experts", EXPERTS), k, router=router, **options)
+    return MoE(DIM, options.pop("hidden", HIDDEN), options.pop("num_experts", EXPERTS), k, router=router, **options)
 
 
 def activation(h, kind):
@@ -313,6 +316,26 @@ def test_nan_with_hash_routing():
     assert statistics(layer.routing)["not finite"] == 1
 
 
+@executions
+@pytest.mark.parametrize("router", [*ROUTERS, "hash", "soft"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e38])
+def test_what_stands_in_padding_reaches_no_output_and_no_gradient(router, execution, value):
+    x, mask, given = tokens(), torch.arange(50) % 7 != 2, {}
+    if router == "hash": given = {"ids": torch.where(mask, torch.arange(50), -1)}
+    torch.manual_seed(1)
+    layer = SoftMoE(DIM, HIDDEN, 3) if router == "soft" else make(router=router, execution=execution, shared_experts=1, vocabulary=50 if given else None)
+    found = []
+    for bad in (0., value):
+        x[~mask] = bad
+        y, grads = gradients(lambda x: torch.where(mask[:, None], layer(x, mask, **given), 0), x, layer)
+        assert y.isfinite().all() and all(g is None or g.isfinite().all() for g in grads)
+        found.append([y, *grads])
+    assert same(*found)
+    if router == "soft": return
+    assert statistics(layer.routing)["padding"] == (~mask).sum() and statistics(layer.routing)["not finite"] == 0
+    if router in ("topk", "noisy", "balanced"): assert router_z_loss(layer.routing).isfinite()
+
+
 # What PyTorch does with a layer
 
 @routers
@@ -357,6 +380,54 @@ def test_activation_checkpointing(router, reentrant):
     assert all(p is q is None or torch.equal(p, q) for p, q in zip(grads, checkpointed))
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_computed_again_counts_once(reentrant):
+    layer, x = make(router="balanced"), tokens().requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    routing = layer.routing
+    y.sum().backward()
+    assert layer.router.load.sum() == 100 and layer.routing is routing
+    assert load_balancing_loss(routing).requires_grad != reentrant
+
+
+def test_a_refused_call_changes_nothing():
+    layer, x = make(router="balanced"), tokens()
+    layer(x)
+    routing, load = layer.routing, layer.router.load.clone()
+    refused = [lambda: layer(x.double()), lambda: layer(x, torch.ones(49, dtype=bool)), lambda: layer(x[:, :3])]
+    layer.experts.execution = "grouped"
+    for call in [*refused, lambda: layer.double()(x.double())]:
+        with pytest.raises((TypeError, ValueError)): call()
+        assert layer.routing is routing and torch.equal(layer.router.load, load)
+
+
+def test_half_precision_leaves_the_bias_and_the_load_exact():
+    layer = make(router="balanced", num_experts=4)
+    layer.router.bias.copy_(torch.tensor([1.001, -1.001, .3, .1]))
+    for cast in (nn.Module.bfloat16, nn.Module.half, nn.Module.double, lambda m: m.to(torch.bfloat16), lambda m: m.to("meta", torch.half)):
+        other = cast(copy.deepcopy(layer))
+        assert other.router.gate.weight.dtype != torch.float32
+        for name in ("bias", "load"):
+            buffer = getattr(other.router, name)
+            assert buffer.dtype == torch.float32 and buffer.is_meta == other.router.gate.weight.is_meta
+        if not buffer.is_meta: assert torch.equal(other.router.bias, layer.router.bias)
+    layer.bfloat16()
+    for _ in range(1000): layer.router.observe(torch.tensor([2, 1, 1, 0]))
+    assert layer.router.load.tolist() == [2000, 1000, 1000, 0]
+    before = layer.router.bias.clone()
+    layer.router.update_()
+    assert torch.equal(layer.router.bias, before + torch.tensor([-1e-3, 0, 0, 1e-3]))
+    empty = make(router="balanced", device="meta").to_empty(device="cpu")
+    assert empty.router.bias.dtype == torch.float32 and not empty.router.bias.is_meta
+    assert layer(tokens(dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_compile_with_a_capacity_and_any_number_of_tokens():
+    layer = make(capacity_factor=1.).eval()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (50, 31): assert torch.allclose(compiled(tokens(n)), layer(tokens(n)), atol=1e-6)
+
+
 def test_losses_of_the_last_batch_train_the_router():
     layer = make()
     layer(tokens())
@@ -379,7 +450,18 @@ def test_state_dict():
     other.load_state_dict(layer.state_dict())
     assert torch.equal(layer(tokens()), other(tokens()))
     assert set(layer.state_dict()) == {"router.gate.weight", "router.bias", "experts.w_in", "experts.w_out"}
-    with pytest.raises(RuntimeError, match=r"\[6, 48, 16\].*\[5, 48, 16\]"): make(num_experts=5).load_state_dict(make().state_dict())
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_state_of_other_sizes_is_refused_before_anything_is_copied(strict):
+    torch.manual_seed(0)
+    layers = [lambda n, hidden=HIDDEN: make(num_experts=n, hidden=hidden, shared_experts=1), lambda n, hidden=HIDDEN: SoftMoE(DIM, hidden, n)]
+    for build in layers:
+        for other, sizes in ((build(4), r"\(6|6\).*\(4|4\)"), (build(6, HIDDEN + 1), "48|24.*50|25")):
+            layer = build(6)
+            before = copy.deepcopy(layer.state_dict())
+            with pytest.raises(ValueError, match=sizes): layer.load_state_dict(other.state_dict(), strict=strict)
+            assert all(torch.equal(before[name], p) for name, p in layer.state_dict().items())
 
 
 def test_a_file_of_another_number_of_experts(tmp_path):
@@ -454,7 +536,48 @@ def test_bad_input_says_both_values():
     with pytest.raises(ValueError, match="hidden"): MoE(DIM, 0, 4)
     with pytest.raises(ValueError, match="mask: a tensor of shape"): make()(tokens(), torch.ones(49, dtype=bool))
     with pytest.raises(ValueError, match="groups: a divisor of num_experts = 6"): Balanced(DIM, 6, groups=4)
-    with pytest.raises(ValueError, match="x: a tensor of 2 axes"): make()(torch.tensor(1.))
+    for bad in (torch.tensor(1.), tokens()[:, :0]):
+        with pytest.raises(ValueError, match="x: tokens of width 16 is expected, got"): make()(bad)
+
+
+class Bare(Router):
+    "A router without the sizes of one."
+    def __init__(self): nn.Module.__init__(self)
+    def route(self, x, mask, ids): return None
+
+
+def test_routers_by_name_and_those_that_are_none():
+    torch.manual_seed(0)
+    x, ids = tokens(), torch.arange(50) % 9
+    layer = make(router="hash", vocabulary=9)
+    assert torch.equal(layer(x, ids=ids), layer(x, ids=ids.int())) and layer.router.experts.shape == (9, 2)
+    with pytest.raises(ValueError, match="vocabulary: the number of different ids, for router 'hash', is expected, got None"): make(router="hash")
+    with pytest.raises(ValueError, match="vocabulary: None for a router other than 'hash' is expected, got 9"): make(vocabulary=9)
+    with pytest.raises(ValueError, match="router: 'soft' is a layer of its own, SoftMoE"): make(router="soft")
+    with pytest.raises(ValueError, match="router: one of {'dim': 16.* is expected, got {'dim': None"): make(router=Bare())
+    with pytest.raises(TypeError, match="router: one of 'topk', .* or a Router"): make(router=nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_masks_and_ids_have_an_entry_for_each_token(soft):
+    torch.manual_seed(0)
+    layer, x = SoftMoE(DIM, HIDDEN, 3) if soft else make(), tokens(15).view(3, 5, DIM)
+    names = ["mask"] if soft else ["mask", "ids"]
+    for name in names:
+        dtype = torch.bool if name == "mask" else torch.long
+        for shape in ((5, 3), (15,), (3, 5, 1), (3,)):
+            with pytest.raises(ValueError, match=rf"{name}: a tensor of shape \(3, 5\) is expected, got \({shape[0]}, ?"): layer(x, **{name: torch.ones(shape, dtype=dtype)})
+        with pytest.raises(TypeError, match=f"{name}: a tensor"): layer(x, **{name: [True] * 15})
+    for dtype in (torch.long, torch.float32):
+        with pytest.raises(TypeError, match="mask: booleans"): layer(x, torch.ones(3, 5, dtype=dtype))
+    if not soft:
+        with pytest.raises(TypeError, match="ids: a tensor of whole numbers"): layer(x, ids=torch.ones(3, 5))
+
+
+def test_a_soft_mixture_takes_tokens_of_its_own_type():
+    layer = SoftMoE(DIM, HIDDEN, 3)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(TypeError, match=f"x: tokens of torch.float32, as the experts are, is expected, got {dtype}"): layer(tokens(5, dtype))
 
 
 # Soft mixtures
@@ -559,6 +682,38 @@ def test_what_cannot_be_upcycled():
         with pytest.raises(TypeError, match="dense: a FeedForward"): upcycle(bad, 4)
     with pytest.raises(ValueError, match="dense: a network with silu, gelu or relu"): upcycle(sequential(nn.Tanh()), 4)
     with pytest.raises(ValueError, match="noise"): upcycle(FeedForward(3, 3), 4, noise=-1)
+    for function in (nn.ReLU6(), nn.GELU("tanh"), nn.Linear(HIDDEN, HIDDEN), F.relu6, None):
+        with pytest.raises(ValueError, match="dense: a network with silu, gelu or relu is expected, got"): upcycle(Gated(function), 4)
+    with pytest.raises(ValueError, match="dense: a network with silu"): upcycle(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), 4)
+    for a, b, c, d in ((1, 8, 8, 6), (4, 8, 8, 6), (8, 8, 8, 1), (4, 8, 7, 4)):
+        with pytest.raises(ValueError, match=rf"dense: maps \[.*\] from an expert's tokens to its hidden units and back is expected, got \[\({a}, {b}\), \({c}, {d}\)\]"):
+            upcycle(nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(c, d)), 4)
+    with pytest.raises(ValueError, match="dense: biases in all maps or in none"): upcycle(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4, bias=False)), 4)
+    for options in ({"expert": "relu"}, {"bias": True}, {"hidden": 3}):
+        with pytest.raises(ValueError, match=rf"options: no option that the dense network tells is expected, got \['{[*options][0]}'\]"): upcycle(FeedForward(3, 3), 4, **options)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_shared_experts_of_an_upcycled_network_add_nothing_at_first(bias):
+    dense = FeedForward(DIM, HIDDEN, bias=bias)
+    layer = upcycle(dense, 4, shared_experts=1)
+    assert torch.allclose(layer(tokens()), dense(tokens()), atol=1e-6)
+    layer(tokens()).square().sum().backward()
+    assert layer.shared.down.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("function", [F.silu, F.gelu, F.relu, nn.SiLU(), nn.GELU(), nn.ReLU(), nn.ReLU(inplace=True)])
+def test_functions_are_known_by_what_they_are(function):
+    dense = Gated(function)
+    assert torch.allclose(upcycle(dense, 4)(9 * tokens()), dense(9 * tokens()), atol=1e-4)
+
+
+def test_functions_of_transformers():
+    activations = pytest.importorskip("transformers.activations")
+    for name in ("silu", "gelu", "relu"):
+        dense = Gated(activations.ACT2FN[name])
+        assert torch.allclose(upcycle(dense, 4)(tokens()), dense(tokens()), atol=1e-5)
+    with pytest.raises(ValueError, match="dense: a network with silu"): upcycle(Gated(activations.ACT2FN["gelu_new"]), 4)
 
 
 def test_merging_is_the_average_weighted_by_usage():
@@ -603,6 +758,16 @@ def test_what_cannot_be_merged():
     with pytest.raises(ValueError, match=r"usage: a tensor of shape \(6\)"): merge_experts(make(), usage=[1, 2])
     with pytest.raises(ValueError, match="usage"): merge_experts(make(), usage=[0] * 6)
     with pytest.raises(ValueError, match="at least 2 for a layer with shared experts"): merge_experts(make(shared_experts=1))
+    for k in (0, 3, -1):
+        with pytest.raises(ValueError, match=f"top_k: from 1 to num_experts = 2 is expected, got {k}"): merge_experts(make(), 2, top_k=k)
+    with pytest.raises(TypeError, match="top_k: a whole number is expected, got 'a'"): merge_experts(make(), 2, top_k="a")
+    for usage in ("abc", [1, 2, 3, 4, 5, "a"], 3j):
+        with pytest.raises(TypeError, match="usage: 6 counts is expected"): merge_experts(make(), usage=usage)
+    with pytest.raises(ValueError, match="layer: a router of 1 group, since groups would not outlive the merging, is expected, got 3"):
+        merge_experts(make(router=Balanced(DIM, EXPERTS, 2, groups=3, top_groups=2)), 2)
+    layer = make()
+    layer(tokens(0))
+    assert torch.allclose(merge_experts(layer).up.weight, layer.experts.w_in.mean(0), atol=1e-6)
     fewer = merge_experts(make(shared_experts=1), 2)
     assert fewer.shared is not None and fewer(tokens()).shape == (50, DIM)
 
@@ -613,3 +778,23 @@ def test_experts_alone():
     routing = router(tokens())
     assert torch.allclose(experts(tokens(), routing.weight, plan_rows(routing)), loop(tokens(), routing, experts), atol=1e-6)
     assert experts.w_in.abs().max() <= DIM ** -.5 and experts.w_out.abs().max() <= HIDDEN ** -.5
+
+
+def test_the_operators_may_be_defined_again_while_layers_of_before_go_on(tmp_path):
+    "A second definition, as by a notebook, frees the first: layers must call the operator by name, never hold it."
+    script = tmp_path / "twice.py"
+    script.write_text("""
+import torch
+import sharetie.experts, sharetie.moe
+
+source = open(sharetie.experts.__file__, encoding="utf-8").read()
+again, called = {"__name__": "again", "__package__": "sharetie"}, []
+exec(compile(source, "again", "exec"), again)
+segments = again["_segments"]
+again["_segments"] = lambda ends: called.append(1) or segments(ends)
+layer = sharetie.moe.MoE(16, 8, 4, 2, execution="segments")
+layer(torch.randn(32, 16)).square().sum().backward()
+with torch.no_grad(): layer(torch.randn(32, 16))
+assert len(called) == 3, called
+""")
+    subprocess.run([sys.executable, script], check=True, capture_output=True)

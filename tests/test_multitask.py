@@ -318,6 +318,13 @@ def test_training_lowers_what_is_not_balanced_twice():
     assert model.penalty().isfinite() and all(y.isfinite().all() for y in model(x).values())
 
 
+def across():
+    "Two stages on one matrix."
+    trunk = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    trunk[2].weight = trunk[0].weight
+    return trunk
+
+
 # Bad input
 
 BAD = {
@@ -328,6 +335,10 @@ BAD = {
     "own is NaN": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, own=float("nan")), ValueError, "own: a finite number"),
     "last below 0": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, last=-1), ValueError, "last: a finite number from 0 to 1"),
     "no subspaces": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, subspaces=0), ValueError, "subspaces: a whole number of at least 1"),
+    "axis of the examples": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, axis=0), ValueError, r"axis: an axis of features \(0 is that of the examples\) is expected, got 0"),
+    "axis beyond": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, axis=2)(torch.ones(2, 6)), ValueError, r"axis: an axis of features in outputs of shape \(2, 8\) is expected, got 2"),
+    "axis of the examples from behind": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, axis=-2)(torch.ones(2, 6)), ValueError, r"axis: an axis of features in outputs of shape \(2, 8\)"),
+    "a tie across": (lambda: Transfer(across(), {"a": nn.Linear(8, 1)}, shared=1), ValueError, r"no Parameter in two stages .*'0.weight', '2.weight'"),
     "three subspaces": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, subspaces=3)(torch.ones(2, 6)), ValueError, "subspaces: a divisor of the 8 features of a stage is expected, got 3"),
     "three subspaces of rows": (lambda: Sluice(mlp(), {"a": nn.Linear(8, 1)}, subspaces=3, orthogonal=1.).penalty(), ValueError, "divisor of a matrix' 8 rows"),
     "stages of two shapes": (lambda: Sluice(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 8)), {"a": nn.Linear(8, 1)})(torch.ones(2, 6)), ValueError, r"trunk: stages of one shape \(or skip=False\) is expected, got \[\(2, 4\), \(2, 8\)\]"),
@@ -361,3 +372,10 @@ def test_unknown_tasks(name):
 def test_labels_have_the_shape_of_outputs():
     model, x = setting(SCHEMES["hard"])
     assert {task: tuple(y.shape) for task, y in labels_for(model(x)).items()} == dict.fromkeys(TASKS, (5, 2))
+
+
+def test_ties_within_a_part_stay():
+    heads = {t: nn.Linear(8, 1) for t in "ab"}
+    for shared in (0, 2):
+        model = Transfer(across(), heads, shared=shared)
+        for trunk in [model.trunk] if shared else model.towers.values(): assert trunk[2].weight is trunk[0].weight

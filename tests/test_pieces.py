@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import nn
 
+from sharetie.checking import check_ties
 from sharetie.codebooks import decode_, stored_bits
+from sharetie.making import declared_ties, tie_
 from sharetie.pieces import PieceLookup, kmeans, piece_rate, quantize_pieces_
 from sharetie.results import set_seed
 
@@ -259,3 +261,13 @@ def test_equal_rows_are_named():
 ])
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text): call()
+
+
+def test_declared_ties_follow():
+    model = Words()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    tie_(model, ["embedding.weight", "head.weight"])
+    quantize_pieces_(model, 2, 2)
+    check_ties(model)
+    (name,) = {d.names for d in declared_ties(model)}
+    assert all(n.endswith("original") for n in name) and model.embedding.weight.equal(model.head.weight)

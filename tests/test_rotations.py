@@ -584,3 +584,13 @@ def test_angles_of_another_type_and_integer_layers():
     turned = rotate(x, torch.tensor([30., 60.], dtype=torch.float64))
     torch.testing.assert_close(turned, rotate(x, torch.tensor([30., 60.])))
     with pytest.raises(TypeError, match="dtype: a floating point type is expected, got torch.int64"): GroupConv2d(1, 1, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("network", [P4CNN, Z2CNN])
+@pytest.mark.parametrize("shape", [(2, 1, 32, 32), (2, 1, 14, 14), (1, 28, 28)])
+def test_digits_of_another_size_are_refused(network, shape):
+    with pytest.raises(ValueError, match=r"x: images \(b, 1, 28, 28\)"): network(2)(torch.zeros(shape))
+
+
+def test_what_was_frozen_stays_so():
+    assert not any(p.requires_grad for p in GroupConv2d(2, 3, 3, "p4").requires_grad_(False).as_conv2d().parameters())

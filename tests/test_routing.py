@@ -131,6 +131,39 @@ def test_bad_input_says_both_values():
     with pytest.raises(ValueError, match="vocabulary"): Hash(DIM, 5)
     with pytest.raises(TypeError, match="ids: a tensor of whole numbers"): Hash(DIM, 5, vocabulary=9)(tokens(), ids=torch.ones(40))
     with pytest.raises(TypeError, match="model"): update_biases_(3)
+    for f in (load_balancing_loss, importance_loss, load_loss, router_z_loss, statistics, plan_rows, lambda r: drop_overflow(r, 1)):
+        with pytest.raises(TypeError, match="routing: a Routing, such as the attribute of a MoE after a batch, is expected, got None"): f(None)
+
+
+def test_ids_outside_of_the_vocabulary_say_its_range():
+    router, ids = Hash(DIM, 5, vocabulary=10), torch.arange(40) % 10
+    for bad in (-1, 10, -100, 2 ** 40):
+        ids[7] = bad
+        with pytest.raises(ValueError, match=f"ids: from 0 to 9, as the vocabulary has them, is expected, got {bad}"): router(tokens(), ids=ids)
+        padded = router(tokens(), torch.arange(40) != 7, ids)
+        assert padded.kept.sum() == 78
+    ids[7] = 7
+    for dtype in (torch.uint8, torch.int8, torch.int32): assert torch.equal(router(tokens(), ids=ids.to(dtype)).expert, router(tokens(), ids=ids).expert)
+    assert router(tokens(0), ids=ids[:0]).counts().sum() == 0
+    compiled = torch.compile(router, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens(), ids=ids).expert, router(tokens(), ids=ids).expert)
+
+
+@kinds
+def test_an_empty_batch_is_balanced(kind):
+    found = statistics(make(kind)(tokens(0)))
+    assert found["violation"] == 0 and found["usage entropy"] == 0 and found["tokens"] == [0] * EXPERTS
+
+
+@kinds
+@pytest.mark.parametrize("loss", [router_z_loss, load_balancing_loss, importance_loss])
+def test_a_lost_number_in_padding_leaves_the_gradient(kind, loss):
+    router, x, mask = make(kind).eval(), tokens(), torch.arange(40) != 3
+    x[3, 1] = math.nan
+    routing = router(x, mask)
+    loss(routing).backward()
+    assert router.gate.weight.grad.isfinite().all() and router.gate.weight.grad.any()
+    assert statistics(routing)["padding"] == 1 and statistics(routing)["not finite"] == 0
 
 
 def test_a_checkpoint_of_another_number_of_experts_says_both():
@@ -281,6 +314,11 @@ def test_room_and_bad_capacity():
     assert capacity(40, 5, 2, 1) == 16 and capacity(41, 5, 2, 1.25) == math.ceil(1.25 * 82 / 5)
     for bad in (.99, 0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="capacity_factor: a finite number of at least 1 is expected, got"): capacity(40, 5, 2, bad)
+    with pytest.raises(ValueError, match="num_tokens: a whole number of at least 0 is expected, got -5"): capacity(-5, 5, 2, 1)
+    with pytest.raises(ValueError, match="num_experts: a whole number of at least 1 is expected, got 0"): capacity(5, 0, 2, 1)
+    with pytest.raises(ValueError, match="top_k: from 1 to num_experts = 5 is expected, got 0"): capacity(5, 5, 0, 1)
+    with pytest.raises(TypeError, match="num_tokens: a whole number is expected, got 'a'"): capacity("a", 5, 2, 1)
+    assert capacity(0, 5, 2, 1) == 0
     with pytest.raises(ValueError, match="room"): drop_overflow(make("topk")(tokens()), 0)
     with pytest.raises(ValueError, match="did you mean 'weight'"): drop_overflow(make("topk")(tokens()), 3, "weights")
 

@@ -383,7 +383,7 @@ def test_what_a_file_stores_once_is_no_tie_of_a_meta_model(tmp_path):
 def test_a_device_that_is_none_is_refused_before_anything_changes(tmp_path):
     save_model(tiny(), tmp_path / "tied")
     with torch.device("meta"): model = Tiny()
-    with pytest.raises(ValueError, match="device: a device of torch, such as 'cpu' is expected, got 'banana'"): load_model(model, tmp_path / "tied", device="banana")
+    with pytest.raises(ValueError, match="device: a device that is here, such as 'cpu' is expected, got 'banana'"): load_model(model, tmp_path / "tied", device="banana")
     assert all(p.is_meta for p in model.parameters())
 
 
@@ -1119,7 +1119,7 @@ def test_an_index_of_shards(tmp_path):
         model = tiny(1, tied)
         load_model(model, index)
         assert same(values(model), state)
-    for text, error, message in (("{", ValueError, "no index"), ('{"weight_map": {"a": "../1"}}', ValueError, "files beside"),
+    for text, error, message in (("{", ValueError, "no index"), ("[" * 200_000, ValueError, "no index"), ('{"weight_map": {"a": "../1"}}', ValueError, "files beside"),
                                  ('{"weight_map": {"a": "3"}}', FileNotFoundError, "shard 3 is missing"),
                                  ('{"weight_map": {"a": "1.safetensors"}}', ValueError, "there is no a in 1.safetensors")):
         index.write_text(text)
@@ -1193,3 +1193,72 @@ def test_a_failed_load_leaves_no_watch(tmp_path):
     model["more"] = nn.Linear(2, 2)
     with pytest.raises(ValueError): load_model(model, a_tied_file(tmp_path), restore_ties=True)
     assert not find_ties(model).true and "_one_value" not in model.__dict__ and not model._load_state_dict_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("kind, make", {
+    "torch.sparse_coo": lambda w: w.to_sparse(), "torch.sparse_csr": lambda w: w.to_sparse_csr(),
+    "the meta device": lambda w: w.to("meta"), "torch.qint8": lambda w: torch.quantize_per_tensor(w, .1, 0, torch.qint8),
+    "a nested tensor": lambda w: torch.nested.nested_tensor([w, w])}.items())
+def test_a_torch_file_without_plain_numbers_is_refused_before_anything_changes(tmp_path, kind, make, cast):
+    model, other = tiny(), tiny(1)
+    state = other.state_dict()
+    state["body.weight"] = make(state["body.weight"].clone())
+    torch.save(state, tmp_path / "w.pt")
+    before = values(model)
+    with pytest.raises(ValueError, match=f"body.weight: numbers are expected, got .*{kind}"): load_model(model, tmp_path / "w.pt", cast=cast)
+    assert same(values(model), before)
+
+
+def test_imaginary_parts_are_not_cast_away(tmp_path):
+    model = tiny()
+    state = values(model) | {"body.weight": torch.ones(4, 4, dtype=torch.complex64)}
+    torch.save(state, tmp_path / "w.pt")
+    before = values(model)
+    with pytest.raises(ValueError, match="body.weight: .*real numbers.*C64"): load_model(model, tmp_path / "w.pt", cast=True)
+    assert same(values(model), before)
+
+
+def test_a_compiled_model_is_saved_and_loaded(tmp_path):
+    model, other = (torch.compile(tiny(seed, tied), backend="eager") for seed, tied in ((0, True), (1, False)))
+    save_model(model, tmp_path / "w.safetensors")
+    assert load_model(other, tmp_path / "w.safetensors", restore_ties=True).ties[0].names == ("_orig_mod.embed.weight", "_orig_mod.head.weight")
+    assert same(values(other), values(model)) and declared_ties(other) == declared_ties(model)
+
+
+@pytest.mark.parametrize("value, target", [(1e9, torch.float16), (1.5, torch.int64), (float("nan"), torch.int64), (300., torch.int8), (2., torch.bool)])
+def test_a_cast_that_loses_numbers_is_refused(tmp_path, value, target):
+    model = parameters(a=torch.zeros(3))
+    model.b = nn.Buffer(torch.zeros(3, dtype=target))
+    save_file({"a": torch.ones(3), "b": torch.tensor([1., value, 0.])}, tmp_path / "w")
+    before = values(model)
+    with pytest.raises(ValueError, match=f"b: numbers that {target} can hold are expected, got {value}"): load_model(model, tmp_path / "w", cast=True)
+    assert same(values(model), before)
+
+
+def test_a_cast_that_rounds_is_a_cast(tmp_path):
+    model = parameters(a=torch.zeros(3, dtype=torch.float16), b=torch.zeros(2, dtype=torch.float64))
+    save_file({"a": torch.tensor([1 / 3, float("inf"), float("nan")]), "b": torch.tensor([1, 2])}, tmp_path / "w")
+    load_model(model, tmp_path / "w", cast=True)
+    assert torch.equal(model.a[:2], torch.tensor([1 / 3, float("inf")]).half()) and model.a[2].isnan() and model.b.tolist() == [1, 2]
+
+
+def test_a_device_that_is_not_here_is_refused(tmp_path):
+    save_model(tiny(), tmp_path / "w")
+    if torch.cuda.is_available(): pytest.skip("a CUDA device is here")
+    with pytest.raises(ValueError, match="device: a device that is here"): load_model(tiny().to("meta"), tmp_path / "w", device="cuda")
+
+
+def double(w): return w * 2
+def triple(w): return w * 3
+
+
+def test_a_file_tied_by_another_function_is_refused_by_name(tmp_path):
+    def made(map):
+        model = parameters(a=torch.ones(2), b=torch.ones(2))
+        tie_(model, ["a", "b"], map=map)
+        return model
+    save_model(made(double), tmp_path / "w")
+    with pytest.raises(ValueError, match="b: in .*w it is what .*double makes of a, in the model what .*triple makes of a"): load_model(made(triple), tmp_path / "w")
+    load_model(made(double), tmp_path / "w")

@@ -307,6 +307,47 @@ def test_a_step_in_turn_moves_only_what_the_task_uses(scheme, optimizer):
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
 
 
+ALL_OPTIMIZERS = OPTIMIZERS | {"rmsprop": lambda ps: torch.optim.RMSprop(ps, .01, momentum=.5, centered=True, weight_decay=.1),
+                               "adadelta": lambda ps: torch.optim.Adadelta(ps, weight_decay=.1), "adamax": lambda ps: torch.optim.Adamax(ps, weight_decay=.1),
+                               "adagrad": lambda ps: torch.optim.Adagrad(ps, .01, weight_decay=.1), "nadam": lambda ps: torch.optim.NAdam(ps, weight_decay=.1)}
+
+
+@pytest.mark.parametrize("optimizer", ALL_OPTIMIZERS)
+def test_state_that_the_first_step_makes_is_zero_for_what_stays(optimizer):
+    "Weight decay would put momentum on weights of other tasks."
+    set_seed(0)
+    base = mlp()
+    model = SparseSharing(base, heads(), thirds(base))
+    optimizer = ALL_OPTIMIZERS[optimizer](model.parameters())
+    loss = InTurn(model, optimizer, TaskLosses(dict.fromkeys(TASKS, nn.functional.mse_loss)))
+    loss(model({"a": torch.rand(4, 6)}), {"a": torch.rand(4, 2)}).backward()
+    for p in model.parameters(): p.grad = torch.rand_like(p)
+    used = model.used_by("a")
+    optimizer.step()
+    for n, p in model.named_parameters():
+        if used.get(n) is None: continue
+        for key, t in optimizer.state[p].items():
+            if isinstance(t, torch.Tensor) and t.shape == p.shape: assert (t[~used[n]] == 0).all() and (t[used[n]] != 0).any(), key
+
+
+def test_in_turn_counts_all_tasks_since_the_last_step():
+    set_seed(0)
+    base = mlp()
+    model = SparseSharing(base, heads(), thirds(base))
+    losses = TaskLosses(dict.fromkeys(TASKS, nn.functional.mse_loss))
+    optimizer = torch.optim.SGD(model.parameters(), .1)
+    loss = InTurn(model, optimizer, losses)
+    x, y = torch.rand(4, 6), torch.rand(4, 2)
+    for tasks, expected in ((["a", "b"], ["a", "b"]), (["c"], ["c"])):
+        optimizer.zero_grad()
+        before = {task: t.detach() for task, t in model(x).items()}
+        for task in tasks: loss(model({task: x}), {task: y}).backward()
+        with torch.no_grad(): loss(model(x), dict.fromkeys(TASKS, y))  # looks, and counts for nothing
+        assert loss.tasks == expected
+        optimizer.step()
+        for task in TASKS: assert torch.equal(model(x)[task], before[task]) == (task not in tasks)
+
+
 def test_in_turn_counts_tasks_that_had_a_loss():
     "A task whose labels are all missing in a batch is left as it is, and weights count."
     set_seed(0)
@@ -354,7 +395,7 @@ def test_bad_input_to_the_search():
     def nothing(model, task): return 0
     fine = {"trunk": base, "heads": heads(), "train": nothing, "score": nothing, "keep": .5, "rounds": 1}
     for name, value, error in [("train", 1, TypeError), ("train", lambda m: 0, TypeError), ("score", None, TypeError), ("keep", 2, ValueError),
-                               ("keep", "all", TypeError), ("rounds", 0, ValueError), ("rounds", 1.5, TypeError), ("heads", {}, ValueError),
+                               ("keep", "all", TypeError), ("rounds", 0, ValueError), ("rounds", 1.5, TypeError), ("heads", {}, ValueError), ("heads", 5, TypeError),
                                ("trunk", nn.Tanh(), ValueError), ("trunk", 3, TypeError)]:
         with pytest.raises(error, match=name): subnetworks(**fine | {name: value})
     with pytest.raises(ValueError, match="score of 'a': a finite number"): subnetworks(**fine | {"score": lambda m, t: float("nan")})

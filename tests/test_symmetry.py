@@ -716,3 +716,10 @@ def test_wide_blurs_and_a_transformation_that_returns_nothing():
     assert abs(BlurPool2d(2000).kernel.sum().item() - 1) < 1e-3
     with pytest.raises(TypeError, match="transform_in: a function that returns a tensor is expected, got None"):
         equivariance_error(nn.Identity(), lambda x: None, lambda x: x, torch.ones(1, 2))
+
+
+def test_orbits_of_nan_are_refused():
+    layer = nn.Linear(4, 4)
+    with torch.no_grad(): layer.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight: finite numbers are expected"): share_orbits_(layer, shifts(4))
+    assert set(dict(layer.named_parameters())) == {"weight", "bias"}

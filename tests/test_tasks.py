@@ -37,6 +37,14 @@ def test_one_input_runs_the_trunk_once():
     model({"a": x, "b": other, "c": x}); assert len(calls) == 4
 
 
+@pytest.mark.parametrize("build", [Hard, Single])
+def test_an_unknown_task_is_named(build):
+    model = made(build)
+    with pytest.raises(ValueError, match="tasks: one of 'a', 'b', 'c' is expected, got 'd'"): model.answer(torch.ones(2, 6), ["d"])
+    assert torch.compile(model, backend="eager", fullgraph=True)(torch.ones(2, 6)).keys() == {"a", "b", "c"}
+    assert "ModuleDict(" in repr(model) and list(copy.deepcopy(model).heads) == TASKS
+
+
 def test_a_trunk_may_take_anything():
     class Two(nn.Module):
         def __init__(self): super().__init__(); self.layer = nn.Linear(3, 8)
@@ -204,6 +212,33 @@ def test_nan_in_one_task_is_named_by_the_balancer():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("rest", [(3,), (3, 3)])
+def test_classes_on_either_axis_where_both_fit(rest):
+    "Three classes of sequences of three and of pictures of 3 × 3."
+    y = torch.randint(0, 3, (4, *rest), generator=set_seed(0))
+    y[0] = -100
+    y[1].flatten()[0] = -100
+    second = torch.randn(4, 3, *rest)
+    expected = F.cross_entropy(second, y)
+    def losses(axis): return TaskLosses({"a": F.cross_entropy}, class_axis=axis)
+    with pytest.raises(ValueError, match=r"class_axis: 1 or -1 where both can be the classes of outputs\['a'\]"): losses(None)({"a": second}, {"a": y})
+    torch.testing.assert_close(losses(1)({"a": second}, {"a": y})["a"], expected)
+    torch.testing.assert_close(losses(-1)({"a": second.movedim(1, -1)}, {"a": y})["a"], expected)
+
+
+def test_classes_on_an_axis_that_does_not_fit():
+    y, last = torch.zeros(4, 5, dtype=torch.long), torch.randn(4, 5, 3)
+    fine = TaskLosses({"a": F.cross_entropy})({"a": last}, {"a": y})["a"]
+    torch.testing.assert_close(TaskLosses({"a": F.cross_entropy}, class_axis=-1)({"a": last}, {"a": y})["a"], fine)
+    torch.testing.assert_close(TaskLosses({"a": F.cross_entropy})({"a": last.mT}, {"a": y})["a"], fine)
+    with pytest.raises(ValueError, match=r"outputs\['a'\]: classes on axis 1 beside labels of shape \(4, 5\)"):
+        TaskLosses({"a": F.cross_entropy}, class_axis=1)({"a": last}, {"a": y})
+    for axis in (0, 2, True, "last"):
+        with pytest.raises(ValueError, match="class_axis: 1, -1 or None"): TaskLosses({"a": F.cross_entropy}, class_axis=axis)
+    one = torch.zeros(4, dtype=torch.long)
+    for axis in (None, 1, -1): TaskLosses({"a": F.cross_entropy}, class_axis=axis)({"a": torch.randn(4, 3)}, {"a": one})
+
+
 def test_evaluate_by_task():
     model, x = setting(lambda t, h, a: Hard(t, h))
     y = {t: model(x)[t].argmax(1) for t in TASKS}
@@ -278,6 +313,7 @@ def test_own_inputs_go_through_a_loader_and_fit():
     runs = [fit(copy.deepcopy(model), loader, losses.total, epochs=3, progress=False)["train_loss"].tolist() for _ in range(2)]
     assert runs[0] == runs[1] and runs[0][-1] < runs[0][0]
     with pytest.raises(IndexError): own[5]
+    with pytest.raises(TypeError, match="i: a whole number is expected, got slice"): own[0:2]
 
 
 BAD_DATA = {
@@ -301,6 +337,8 @@ def test_bad_pools():
     with pytest.raises(ValueError, match="data: inputs of one shape and type is expected"): pooled({"a": (x, y), "b": (x[:, :2], y)})
     with pytest.raises(ValueError, match="inputs of one shape and type"): pooled({"a": (x, y), "b": (x.double(), y)})
     with pytest.raises(TypeError, match="labels that can be missing"): pooled({"a": (x, y > 0)})
+    with pytest.raises(TypeError, match="whole numbers with a sign"): pooled({"a": (x, y.byte())})
+    assert pooled({"a": (x, y.char()), "b": (x, y)}).y["a"].tolist() == [1, 1, -100, -100]
 
 
 # Bad models

@@ -143,3 +143,7 @@ def test_the_model_compiles_whole():
     torch.manual_seed(0)
     model, x = CharacterModel(layers=1), torch.arange(12).view(2, 6)
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+
+
+def test_characters_in_half_precision():
+    assert CharacterModel().bfloat16()(torch.zeros(1, 3, dtype=int)).dtype == torch.bfloat16

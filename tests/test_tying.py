@@ -588,6 +588,13 @@ def test_hardening_part_of_a_model_follows_its_other_ties():
     with pytest.raises(TypeError, match="model: a module is expected"): harden_(TiePenalty(net.enc, nn.Embedding(5, 3)), model=3)
 
 
+def test_fisher_diagonal_leaves_a_reused_layer_its_parameters():
+    layer = nn.Linear(3, 3)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    held = list(map(id, model.parameters()))
+    assert set(fisher_diagonal(model, torch.rand(4, 3))) == {"0.weight", "0.bias"} and list(map(id, model.parameters())) == held
+
+
 def test_fisher_diagonal_takes_evaluation_mode_and_gives_the_mode_back():
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3)).train()
     x = torch.randn(5, 4)

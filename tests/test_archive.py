@@ -1,0 +1,292 @@
+"Compressed files: bit for bit, the same bytes, ties, sizes that add up, and whatever is damaged, foreign or in the way refused."
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from sharetie.archive import NOTE, Archive, Scaled, _bits, _checksum, decompress, from_record, save_archive, to_record, write_archive
+from sharetie.checkpoint import Checkpoint, write_tensors
+from sharetie.codebooks import cluster_
+from sharetie.finding import Transpose, find_ties
+from sharetie.making import tie_
+from sharetie.masks import magnitude, prune_
+from sharetie.quantization import quantize_
+from sharetie.results import set_seed
+from sharetie.saving import load_model, save_model
+
+
+class Words(nn.Module):
+    "A table that is embedding and output layer."
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(100, 32), nn.Linear(32, 100, bias=False)
+        self.head.weight = self.embedding.weight
+    def forward(self, x): return self.head(self.embedding(x).tanh())
+
+
+class Reused(nn.Module):
+    "One module under two names."
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(24, 24)
+        self.b = self.a
+    def forward(self, x): return self.b(self.a(x).relu())
+
+
+class Convs(nn.Module):
+    "Two convolutions on one parameter."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.b(self.a(x).relu())
+
+
+class Coder(nn.Module):
+    "A decoder that is the encoder's transpose."
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(60, 30), nn.Linear(30, 60)
+        tie_(self, ["encoder.weight", "decoder.weight"], map=Transpose())
+    def forward(self, x): return self.decoder(self.encoder(x).relu())
+
+
+TIED = {"words": (Words, torch.arange(4)), "reused": (Reused, torch.randn(3, 24)), "convs": (Convs, torch.randn(1, 8, 4, 4)),
+        "coder": (Coder, torch.randn(2, 60))}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_tied_weight_is_stored_once_and_stays_tied(kind, tmp_path):
+    build, x = TIED[kind]
+    model, fresh = build(), build()
+    prune_(model, magnitude(model), .8)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    save_archive(model, tmp_path / "a")
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())  # untouched
+    archive = Archive(tmp_path / "a")
+    rows = archive.report()
+    assert rows.loc["all", "bytes"] == os.path.getsize(tmp_path / "a")
+    assert rows.drop(["all", "header"])["weights"].sum() == sum(p.numel() for p in model.parameters())
+    load_model(fresh, archive)
+    assert torch.equal(fresh(x), model(x)) and len(find_ties(fresh)) == len(find_ties(build()))
+    decompress(tmp_path / "a", tmp_path / "plain")
+    again = build()
+    load_model(again, tmp_path / "plain")
+    assert torch.equal(again(x), model(x))
+    assert {*Checkpoint(tmp_path / "plain").names} == {*archive.names}
+
+
+def test_clustered_models_are_saved_as_what_they_compute(tmp_path):
+    model, fresh = cluster_(Words(), 16), Words()
+    save_archive(model, tmp_path / "a")
+    load_model(fresh, Archive(tmp_path / "a"))
+    assert torch.equal(fresh(torch.arange(5)), model(torch.arange(5)))
+    assert os.path.getsize(tmp_path / "a") < 3200 * 4 / 8 + 400
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_models_are_coded_too(tmp_path, bits):
+    set_seed(0)
+    model = quantize_(Words(), bits, 16)
+    save_archive(model, tmp_path / "a")
+    fresh = quantize_(Words(), bits, 16)
+    load_model(fresh, Archive(tmp_path / "a"))
+    assert torch.equal(fresh(torch.arange(5)), model(torch.arange(5)))
+    assert os.path.getsize(tmp_path / "a") < 3200 * bits / 8 + 200 * 4 + 800
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    code = ("import sys, torch; from torch import nn; from sharetie.archive import save_archive; from sharetie.codebooks import cluster_;"
+            "torch.manual_seed(0); save_archive(cluster_(nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 9)), 4), sys.argv[1])")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a"], check=True)
+    torch.manual_seed(0)
+    save_archive(cluster_(nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 9)), 4), tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    file = Archive(tmp_path / "a")
+    write_archive(tmp_path / "c", {name: file[name] for name in reversed([*file.entries])}, file.metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "c").read_bytes()
+
+
+def odd_values():
+    "Values that are easily lost: signs of zero, what is no number, the smallest, all types."
+    set_seed(0)
+    special = torch.tensor([0., -0., float("inf"), -float("inf"), float("nan"), 1e-45, 3.4e38, 1.])
+    yield "special", special[torch.randint(8, (20, 30))]
+    yield "signs of zero", torch.where(torch.rand(40, 50) < .5, 0., -0.)
+    yield "all zero", torch.zeros(30, 40)
+    yield "all alike", torch.full((300,), .1)
+    yield "scalar", torch.tensor(3.)
+    yield "nothing", torch.zeros(0, 5)
+    yield "distinct", torch.randn(300, 300)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        yield f"{dtype}", torch.randn(9)[torch.randint(9, (8, 4, 3, 3))].mul(torch.rand(8, 4, 3, 3) < .3).to(dtype)
+    yield "other types", torch.arange(99)
+    yield "complex", torch.randn(9, dtype=torch.complex64)
+    yield "bool", torch.rand(99) < .5
+    yield "not contiguous", torch.randn(5)[torch.randint(5, (40, 30))].T
+    yield "sparse columns", torch.randn(200, 300) * (torch.rand(300) < .05)
+    yield "many values", torch.randn(70_000)[torch.randint(70_000, (3, 70_000))]
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_every_value_comes_back_bit_for_bit(tmp_path, entropy):
+    values = dict(odd_values())
+    write_archive(tmp_path / "a", values, {"who": "me"}, entropy)
+    file = Archive(tmp_path / "a")
+    for name, value in values.items():
+        assert file[name].dtype == value.dtype and file[name].shape == value.shape, name
+        assert file[name].contiguous().flatten().view(torch.uint8).tolist() == value.contiguous().flatten().view(torch.uint8).tolist(), name
+    assert file.metadata == {"who": "me"} and file.report().loc["all", "bytes"] == os.path.getsize(tmp_path / "a")
+    decompress(tmp_path / "a", tmp_path / "b")
+    assert {*load_file(tmp_path / "b")} == {*values}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 40), st.floats(0, 1), st.booleans(), st.integers(0, 99))
+def test_records_of_any_shape(shape, k, q, entropy, seed):
+    torch.manual_seed(seed)
+    value = torch.randn(k)[torch.randint(k, shape)] * (torch.rand(shape) < q)
+    found = from_record(to_record(value, entropy), value.dtype, tuple(shape))
+    assert torch.equal(_bits(found), _bits(value))
+
+
+@pytest.mark.parametrize("shape, size", [((6, 10), 10), ((6, 10), 4), ((1, 7), 3), ((4, 3, 3, 3), 27), ((30, 40), 1), ((50,), 8)])
+@pytest.mark.parametrize("q", [1., .1])
+def test_whole_numbers_with_scales(tmp_path, shape, size, q):
+    set_seed(0)
+    rows, n = (shape[0], torch.Size(shape[1:]).numel()) if len(shape) > 1 else (1, shape[0])
+    codes = torch.randint(-127, 128, shape).mul(torch.rand(shape) < q).to(torch.int8)
+    form = Scaled(codes, torch.rand(rows, -(-n // size)), size)
+    each = torch.tensor([[form.scales[i, j // size] * codes.reshape(rows, n)[i, j] for j in range(n)] for i in range(rows)])
+    assert torch.equal(form.values(), each.view(shape))
+    write_archive(tmp_path / "a", {"w": form})
+    file = Archive(tmp_path / "a")
+    again = file.form("w")
+    assert torch.equal(again.codes, codes.int()) and torch.equal(again.scales, form.scales) and again.group_size == size
+    assert torch.equal(file["w"], form.values()) and file.entries["w"].shape == shape
+    assert file.report().loc["all", "bytes"] == os.path.getsize(tmp_path / "a")
+
+
+def small(folder):
+    "A compressed file with everything in it."
+    set_seed(1)
+    model = cluster_(nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20)), 4, "0.weight")
+    prune_(model, {"2.weight": torch.rand(20, 20)}, .8)
+    model[2].bias = model[1].bias
+    save_archive(model, folder / "small")
+    return folder / "small"
+
+
+def test_every_damaged_byte_and_every_cut_is_refused(tmp_path):
+    data = small(tmp_path).read_bytes()
+    model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20))
+    before = copy.deepcopy(model.state_dict())
+    for i in range(0, len(data), 3):
+        (tmp_path / "cut").write_bytes(data[:i])
+        (tmp_path / "broken").write_bytes(data[:i] + bytes([data[i] ^ (1 << i % 8)]) + data[i + 1 :])
+        for name in ("cut", "broken"):
+            with pytest.raises(ValueError, match=name): load_model(model, Archive(tmp_path / name))
+    (tmp_path / "longer").write_bytes(data + b"\0")
+    with pytest.raises(ValueError, match="longer"): Archive(tmp_path / "longer")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def rewritten(path, change, stored=None):
+    "The file with its note changed, and a check that fits."
+    metadata = Checkpoint(path).metadata
+    stored = load_file(path) if stored is None else stored
+    note = json.loads(metadata[NOTE])
+    del note["check"]
+    change(note)
+    def text(): return json.dumps(note, sort_keys=True, separators=(",", ":"))
+    note["check"] = _checksum(metadata | {NOTE: text()}, stored)
+    write_tensors(path, stored, metadata | {NOTE: text()})
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda note: note.update(version=2), "a later sharetie, in version 2"),
+    (lambda note: note.update(version=2, tensors="other"), "a later sharetie, in version 2"),
+    (lambda note: note.update(version=0), "damaged"),
+    (lambda note: note.update(version="1"), "damaged"),
+    (lambda note: note.update(version=True), "damaged"),
+    (lambda note: note.pop("tensors"), "damaged"),
+    (lambda note: note.update(tensors=[]), "damaged"),
+    (lambda note: note["tensors"].update({"0.weight": "I64 20x20"}), "damaged"),
+    (lambda note: note["tensors"].update({"0.weight": "F32 20x-1"}), "damaged"),
+    (lambda note: note["tensors"].update({"0.bias": "F32 20"}), "damaged"),
+    (lambda note: note["tensors"].update({"other": "F32 20"}), "damaged"),
+])
+def test_notes_that_are_refused(tmp_path, change, words):
+    path = small(tmp_path)
+    rewritten(path, change)
+    with pytest.raises(ValueError, match=words): Archive(path)
+
+
+@pytest.mark.parametrize("shape", ["20", "20x21", "19x20", "2000000x2000000"])
+def test_records_of_another_shape_are_refused(tmp_path, shape):
+    path = small(tmp_path)
+    rewritten(path, lambda note: note["tensors"].update({"0.weight": f"F32 {shape}"}))
+    with pytest.raises(ValueError, match="0.weight: "): Archive(path)["0.weight"]
+
+
+def test_records_that_no_one_wrote():
+    set_seed(0)
+    base = to_record(torch.randn(4)[torch.randint(4, (20, 30))] * (torch.rand(20, 30) < .2))
+    for i in range(200):
+        bad = base.clone()
+        bad[torch.randint(len(bad), (1 + i % 3,))] = torch.randint(256, (1,), dtype=torch.uint8)
+        try: found = from_record(bad, torch.float32, (20, 30))
+        except ValueError: continue
+        assert found.shape == (20, 30)  # the numbers themselves have no check of their own
+    for bad in (torch.zeros(0), base[:1], torch.tensor([3, 0, 0])):
+        with pytest.raises(ValueError, match="record|stream"): from_record(bad.byte(), torch.float32, (20, 30))
+
+
+def test_foreign_files(tmp_path):
+    save_model(Words(), tmp_path / "plain.safetensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "torch.pt")
+    (tmp_path / "text").write_text("hello, this is text")
+    (tmp_path / "empty").write_bytes(b"")
+    for name in ("plain.safetensors", "torch.pt", "text", "empty"):
+        with pytest.raises(ValueError, match=name): Archive(tmp_path / name)
+        with pytest.raises(ValueError, match=name): decompress(tmp_path / name, tmp_path / "out")
+    with pytest.raises(FileNotFoundError): Archive(tmp_path / "none")
+    with pytest.raises(TypeError, match="the path of a file"): Archive(3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_in_the_way_by_accident(tmp_path):
+    path = small(tmp_path)
+    data = path.read_bytes()
+    with pytest.raises(FileExistsError, match="force=True"): save_archive(Words(), path)
+    with pytest.raises(FileExistsError, match="force=True"): decompress(path, path)
+    with pytest.raises(FileNotFoundError, match="no folder"): save_archive(Words(), tmp_path / "none" / "a")
+    with pytest.raises(IsADirectoryError): save_archive(Words(), tmp_path, force=True)
+    assert path.read_bytes() == data and [*tmp_path.iterdir()] == [path]
+    sizes = decompress(path, path, force=True)
+    assert sizes.before == len(data) and sizes.after == os.path.getsize(path) and "0.weight" in load_file(path)
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
+    path = small(tmp_path)
+    data = path.read_bytes()
+    with pytest.raises(ValueError, match="meta device"): write_archive(path, {"a": torch.ones(2), "b": torch.ones(2, device="meta")}, force=True)
+    with pytest.raises(TypeError, match="a tensor"): write_archive(path, {"a": [1, 2]}, force=True)
+    with pytest.raises(ValueError, match=f"any key but '{NOTE}'"): write_archive(path, {"a": torch.ones(2)}, {NOTE: ""}, force=True)
+    with pytest.raises(TypeError, match="a module"): save_archive({"a": torch.ones(2)}, path, force=True)
+    assert path.read_bytes() == data and [*tmp_path.iterdir()] == [path]
+
+
+def test_other_loaders_see_plain_entries(tmp_path):
+    path = small(tmp_path)
+    found = load_file(path)
+    assert found["1.num_batches_tracked"] == 0 and torch.equal(found["0.bias"], Archive(path)["0.bias"])
+    assert found["0.weight"].dtype == torch.uint8

@@ -1,0 +1,378 @@
+"The pipeline: stages and what they keep, ties, recipes, interruption, files, and the command line."
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from sharetie.archive import Archive
+from sharetie.command import main
+from sharetie.compression import compress
+from sharetie.finding import Transpose, find_ties
+from sharetie.making import tie_
+from sharetie.masks import magnitude, prune_
+from sharetie.recipes import STAGES, Cluster, Prune, Quantize, Round, Tune, _Run, read_recipe
+from sharetie.results import set_seed
+from sharetie.saving import load_model, save_model
+
+
+def mlp():
+    set_seed(0)
+    return nn.Sequential(nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 6))
+
+
+def task(n=64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 8, generator=generator), torch.randint(6, (n,), generator=generator)
+
+
+FULL = [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 2, "batch_size": 16}, {"stage": "cluster", "k": 4, "names": "0.weight"},
+        {"stage": "tune", "epochs": 2, "batch_size": 16}, {"stage": "quantize", "bits": 4, "group_size": 8, "epochs": 2, "batch_size": 16},
+        {"stage": "round"}, {"stage": "code"}]
+
+
+class Words(nn.Module):
+    "A table that is embedding and output layer."
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 16), nn.Linear(16, 30, bias=False)
+        self.head.weight = self.embedding.weight
+    def forward(self, x): return self.head(self.embedding(x).tanh())
+
+
+class Reused(nn.Module):
+    "One module under two names."
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(12, 12)
+        self.b = self.a
+    def forward(self, x): return self.b(self.a(x).relu())
+
+
+class Convs(nn.Module):
+    "Two convolutions on one parameter."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.b(self.a(x).relu())
+
+
+class Coder(nn.Module):
+    "A decoder that is the encoder's transpose."
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(12, 6)
+    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
+
+
+TIED = {"words": (Words, torch.randint(30, (20,)), F.cross_entropy), "reused": (Reused, torch.randn(20, 12), F.mse_loss),
+        "convs": (Convs, torch.randn(20, 4, 4, 4), F.mse_loss), "coder": (Coder, torch.randn(20, 12), F.mse_loss)}
+CLUSTERED = [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 1}, {"stage": "cluster", "k": 4}, {"stage": "tune", "epochs": 1},
+             {"stage": "round"}, {"stage": "code"}]
+QUANTIZED = [{"stage": "prune", "sparsity": .5}, {"stage": "quantize", "bits": 4}, {"stage": "round"}, {"stage": "code"}]
+
+
+@pytest.mark.parametrize("recipe", [CLUSTERED, QUANTIZED], ids=["clustered", "quantized"])
+@pytest.mark.parametrize("kind", TIED)
+def test_tied_models_stay_tied_and_are_stored_once(kind, recipe, tmp_path):
+    build, x, loss = TIED[kind]
+    set_seed(0)
+    model, y = build(), x if kind == "words" else torch.zeros_like(x)
+    before = copy.deepcopy(model.state_dict())
+    compress(model, (x, y), loss, recipe, tmp_path / "a")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    fresh, archive = build(), Archive(tmp_path / "a")
+    load_model(fresh, archive)
+    assert len(find_ties(fresh)) == len(find_ties(model))
+    assert archive.report().drop(["all", "header"])["weights"].sum() == sum(p.numel() for p in model.parameters())
+    weight, = (p for p in fresh.parameters() if p.ndim > 1)
+    assert int((weight == 0).sum()) >= weight.numel() // 2
+    if recipe is CLUSTERED: assert len(weight.unique()) <= 5
+    fresh(x)
+
+
+def test_a_tie_with_a_map_is_kept_or_refused(tmp_path):
+    def build():
+        model = nn.Sequential(nn.Linear(12, 6), nn.Linear(6, 12))
+        tie_(model, ["0.weight", "1.weight"], map=Transpose())
+        return model
+    set_seed(0)
+    model, x = build(), torch.randn(9, 12)
+    compress(model, (x, x), F.mse_loss, [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 1}, {"stage": "code"}], tmp_path / "a")
+    fresh = build()
+    load_model(fresh, Archive(tmp_path / "a"))
+    assert torch.equal(fresh[0].weight, fresh[1].weight.T) and (fresh[0].weight == 0).sum() == 36
+    with pytest.raises(ValueError, match="nothing is computed from"):
+        compress(model, None, None, [{"stage": "cluster", "k": 4}], tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_every_stage_keeps_what_the_ones_before_did():
+    run = _Run(mlp(), task(), F.cross_entropy)
+    Prune({"0.weight": .8, "2.weight": .5})(run)
+    gone = [p == 0 for p in run.model.parameters() if p.ndim > 1]
+    assert [int(g.sum()) for g in gone] == [128, 60]
+    def zeros(): return [p == 0 for p in run.model.parameters() if p.ndim > 1]
+    Tune(1, batch_size=16)(run)
+    Cluster({"0.*": 3})(run)
+    Tune(1, batch_size=16)(run)
+    assert all(map(torch.equal, gone, zeros())) and len(run.model[0].weight.unique()) == 4 and len(run.model[2].weight.unique()) > 4
+    Quantize(1, batch_size=16, bits=3)(run)
+    assert [*run.forms] == ["2.weight"] and (zeros()[1] | ~gone[1]).all() and len(run.model[0].weight.unique()) <= 4
+    assert torch.equal(zeros()[0], gone[0]) and len(run.forms["2.weight"].codes.unique()) <= 7
+    Round("bfloat16")(run)
+    for name, p in run.model.named_parameters():
+        if name not in run.forms: assert torch.equal(p, p.bfloat16().float())
+    assert torch.equal(run.forms["2.weight"].values(), run.model[2].weight)
+
+
+def test_across_is_one_codebook_also_while_it_trains():
+    run = _Run(mlp(), task(), F.cross_entropy)
+    Prune(.5, scope="global")(run)
+    assert sum(int((p == 0).sum()) for p in run.model.parameters() if p.ndim > 1) == 140
+    Cluster(5, scope="across")(run)
+    Tune(1, batch_size=16)(run)
+    values = torch.cat([run.model[i].weight.flatten() for i in (0, 2)])
+    assert len(values.unique()) == 6 and run.clustered == [["0.weight", "2.weight"]]
+
+
+def test_masks_that_a_model_has_are_kept(tmp_path):
+    model = mlp()
+    prune_(model, magnitude(model), .7)
+    compress(model, task(), F.cross_entropy, [{"stage": "cluster", "k": 4}, {"stage": "tune", "epochs": 1}, {"stage": "code"}], tmp_path / "a")
+    fresh = mlp()
+    load_model(fresh, Archive(tmp_path / "a"))
+    for i in (0, 2): assert torch.equal(fresh[i].weight == 0, model[i].weight == 0) and len(fresh[i].weight.unique()) == 5
+
+
+class Stopped(Exception): pass
+
+
+def stopping(steps):
+    "Cross entropy that can be computed so many times."
+    def loss(output, y):
+        nonlocal steps
+        steps -= 1
+        if steps < 0: raise Stopped
+        return F.cross_entropy(output, y)
+    return loss
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
+    data, metrics = task(), {"error": lambda output, y: (output.argmax(1) != y).float().mean()}
+    whole = compress(mlp(), data, stopping(10**9), FULL, tmp_path / "whole", test=data, metrics=metrics)
+    table, tries = None, 0
+    while table is None:  # each try computes 7 losses, and an epoch of training takes 4
+        tries += 1
+        try: table = compress(mlp(), data, stopping(7), FULL, tmp_path / "parts", test=data, metrics=metrics)
+        except Stopped: assert not (tmp_path / "parts").exists()
+    assert tries == 6 and table.equals(whole)
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"parts", "whole"}
+
+
+def test_what_an_interrupted_run_can_go_on_with(tmp_path):
+    data, path = task(), tmp_path / "a"
+    with pytest.raises(Stopped): compress(mlp(), data, stopping(9), FULL, path)
+    for recipe, model, words in ((FULL[1:], mlp(), "its recipe differs"), (FULL, nn.Sequential(nn.Linear(8, 6)), "its model differs"),
+                                 (FULL[:1], mlp(), "its recipe differs")):
+        with pytest.raises(ValueError, match=words): compress(model, data, stopping(99), recipe, path)
+    compress(mlp(), data, stopping(99), [*FULL[:3], {"stage": "code"}], path)  # another end is no other run
+    (tmp_path / "b.part").write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="b.part: no file of an interrupted run"): compress(mlp(), data, stopping(99), FULL, tmp_path / "b")
+    (tmp_path / "b.part").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="b.part"): compress(mlp(), data, stopping(99), FULL, tmp_path / "b")
+
+
+def test_the_table_has_the_sizes_of_files(tmp_path):
+    model, data = mlp(), task()
+    save_model(model, tmp_path / "dense")
+    recipe = [{"stage": "prune", "sparsity": .9}, {"stage": "code"}]
+    table = compress(model, None, None, recipe, tmp_path / "a", test=data, metrics={"loss": F.cross_entropy})
+    compress(model, None, None, recipe[:1], tmp_path / "b")
+    assert table["bytes"].tolist() == [os.path.getsize(tmp_path / name) for name in ("dense", "b", "a")]
+    assert table["rate"].iloc[0] == 1 and table["loss"].iloc[0] == pytest.approx(F.cross_entropy(model(data[0]), data[1]).item())
+
+
+def test_loaders_train_too(tmp_path):
+    loader = DataLoader(TensorDataset(*task()), 16)
+    compress(mlp(), loader, F.cross_entropy, [{"stage": "tune", "epochs": 1}, {"stage": "code"}], tmp_path / "a")
+
+
+@pytest.mark.parametrize("recipe, error, words", [
+    ([], ValueError, "at least one stage"),
+    ("nothing.json", FileNotFoundError, "nothing.json"),
+    ({"other": []}, TypeError, "a list of dictionaries"),
+    (["prune"], TypeError, "a list of dictionaries"),
+    ([{"sparsity": .5}], TypeError, r"recipe\[0\]: stage: one of 'prune'"),
+    ([{"stage": "huffman"}], ValueError, f"one of {', '.join(map(repr, STAGES))}"),
+    ([{"stage": "quantise"}], ValueError, "did you mean 'quantize'"),
+    ([{"stage": "prune"}], ValueError, "the option 'sparsity'"),
+    ([{"stage": "code", "k": 2}], ValueError, "an option of 'code'"),
+    ([{"stage": "code"}, {"stage": "prune", "sparsity": 1}], ValueError, r"recipe\[1\]: sparsity"),
+    ([{"stage": "prune", "sparsity": "much"}], TypeError, "sparsity: a number"),
+    ([{"stage": "prune", "sparsity": {"a": 2}}], ValueError, "sparsity"),
+    ([{"stage": "prune", "sparsity": {"a": .5}, "names": "a"}], ValueError, "names: None with options by name"),
+    ([{"stage": "prune", "sparsity": {"a": .5}, "scope": "global"}], ValueError, "scope: 'layer'"),
+    ([{"stage": "prune", "sparsity": .5, "scope": "across"}], ValueError, "one of 'layer', 'global'"),
+    ([{"stage": "cluster", "k": 0}], ValueError, "k: a whole number of at least 1"),
+    ([{"stage": "cluster", "k": 2.5}], TypeError, "k: a whole number"),
+    ([{"stage": "cluster", "k": 4, "init": "random"}], ValueError, "init"),
+    ([{"stage": "tune", "epochs": 0}], ValueError, "epochs"),
+    ([{"stage": "tune", "epochs": 1, "lr": -1}], ValueError, "lr"),
+    ([{"stage": "quantize", "bits": 9}], ValueError, "bits"),
+    ([{"stage": "quantize", "group_size": 0}], ValueError, "group_size"),
+    ([{"stage": "round", "dtype": "int8"}], ValueError, "dtype"),
+    ([{"stage": "code"}, {"stage": "tune", "epochs": 1}], ValueError, r"recipe\[1\]: no 'tune' after 'code'"),
+    ([{"stage": "quantize"}, {"stage": "cluster", "k": 2}], ValueError, "no 'cluster' after 'quantize'"),
+    ([{"stage": "tune", "epochs": 1}], ValueError, "data and a loss"),
+    ([{"stage": "cluster", "k": 500}], ValueError, "at most 160, the number of distinct values"),
+    ([{"stage": "prune", "sparsity": .5, "names": "9.weight"}], ValueError, "matches none"),
+    ([{"stage": "cluster", "k": 4}, {"stage": "quantize", "names": "0.weight"}], ValueError, "without a codebook or scales"),
+    ([{"stage": "cluster", "k": 4}, {"stage": "quantize"}], ValueError, "at least one weight without a codebook"),
+])
+def test_recipes_that_are_refused(tmp_path, recipe, error, words, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=words): compress(model, None, None, recipe, "a")
+    assert not os.path.exists("a") and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_recipes_in_files(tmp_path):
+    rows = [{"stage": "prune", "sparsity": {"0.weight": .5}}, {"stage": "code"}]
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    (tmp_path / "s.json").write_text(json.dumps({"stages": rows}))
+    (tmp_path / "r.toml").write_text('[[stages]]\nstage = "prune"\nsparsity = {"0.weight" = 0.5}\n[[stages]]\nstage = "code"\n')
+    for name in ("r.json", "s.json", "r.toml"): assert read_recipe(tmp_path / name) == read_recipe(rows)
+    for name, text in (("bad.json", "[{"), ("bad.toml", "stages = [")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=f"{name}: a recipe in"): read_recipe(tmp_path / name)
+
+
+def test_arguments_and_targets(tmp_path):
+    code = [{"stage": "code"}]
+    with pytest.raises(TypeError, match="a module"): compress({"a": 1}, None, None, code, tmp_path / "a")
+    with pytest.raises(ValueError, match="data for the metrics"): compress(mlp(), None, None, code, tmp_path / "a", metrics={"loss": F.cross_entropy})
+    with pytest.raises(FileNotFoundError, match="no folder"): compress(mlp(), None, None, code, tmp_path / "none" / "a")
+    (tmp_path / "a").write_text("mine")
+    with pytest.raises(FileExistsError, match="force=True"): compress(mlp(), None, None, code, tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "mine" and len([*tmp_path.iterdir()]) == 1
+    compress(mlp(), None, None, code, tmp_path / "a", force=True)
+    Archive(tmp_path / "a")
+    model = mlp()
+    with torch.no_grad(): model[0].bias[0] = 1e6
+    with pytest.raises(ValueError, match="0.bias: numbers that float16 has"): compress(model, None, None, [{"stage": "round"}], tmp_path / "b")
+
+
+TASK = """
+import os, torch, torch.nn.functional as F
+from torch import nn
+
+def loss(output, y):
+    if "STEPS" in os.environ:
+        os.environ["STEPS"] = str(int(os.environ["STEPS"]) - 1)
+        if os.environ["STEPS"] == "0": os._exit(9)
+    return F.cross_entropy(output, y)
+
+def task():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 6)), (torch.randn(64, 8), torch.randint(6, (64,))), loss
+
+def wrong(): return 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(mlp(), "model.safetensors")
+    (tmp_path / "few.json").write_text(json.dumps([{"stage": "prune", "sparsity": .5}, {"stage": "cluster", "k": 4}, {"stage": "code"}]))
+    (tmp_path / "full.json").write_text(json.dumps(FULL[:4]))
+    (tmp_path / "tasks.py").write_text(TASK)
+    return tmp_path
+
+
+def shell(*words, **variables):
+    return subprocess.run([sys.executable, "-c", "from sharetie.command import main; main()", *words], capture_output=True, text=True, env=os.environ | variables)
+
+
+def test_the_commands_in_a_shell(folder):
+    done = shell("compress", "model.safetensors", "small", "--recipe", "few.json")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:-1]] == [["dense", "1520"], ["1", "prune"], ["2", "cluster"], ["3", "code"]]
+    assert done.stdout.splitlines()[-1].startswith("small: 1.5 kB became ")
+    again = shell("compress", "model.safetensors", "small", "--recipe", "few.json")
+    assert [again.returncode, again.stdout] == [2, ""]
+    assert again.stderr == "Error: small: a new file is expected, this one exists; --force replaces it\n"
+    done = CliRunner().invoke(main, ["decompress", "small", "plain.safetensors"])
+    assert done.exit_code == 0 and done.output.startswith("plain.safetensors: ")
+    run = _Run(mlp())
+    Prune(.5)(run), Cluster(4)(run)
+    assert all(torch.equal(t, load_file("plain.safetensors")[name]) for name, t in run.model.state_dict().items())
+
+
+def test_a_killed_process_is_gone_on_with(folder):
+    words = "compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks:task"
+    done = shell(*words, STEPS="14")
+    assert done.returncode == 9 and not os.path.exists("small") and os.path.exists("small.part")
+    run = CliRunner().invoke(main, words)
+    assert run.exit_code == 0, run.output
+    whole = CliRunner().invoke(main, [*words[:2], "other", *words[3:]])
+    assert whole.output.replace("other", "small") == run.output
+    assert (folder / "small").read_bytes() == (folder / "other").read_bytes()
+
+
+@pytest.mark.parametrize("words, line", [
+    (["compress", "none", "small", "--recipe", "few.json"], "none: No such file or directory"),
+    (["compress", "model.safetensors", "small", "--recipe", "none.json"], "none.json: No such file or directory"),
+    (["compress", "few.json", "small", "--recipe", "few.json"], "few.json: neither safetensors nor a torch file"),
+    (["compress", "model.safetensors", "small", "--recipe", "bad.json"], "recipe[0]: stage: one of 'prune'"),
+    (["compress", "model.safetensors", "small", "--recipe", "full.json"], "data and a loss (at the command line: --task)"),
+    (["compress", "model.safetensors", "none/small", "--recipe", "few.json"], "there is no folder"),
+    (["compress", "model.safetensors", "model.safetensors", "--recipe", "few.json"], "--force replaces it"),
+    (["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks"], "--task: module:function"),
+    (["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "nothing:task"], "cannot be imported"),
+    (["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks:nothing"], "cannot be imported"),
+    (["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks:wrong"], "a function that returns model, data and loss"),
+    (["decompress", "model.safetensors", "plain"], "a compressed file is expected"),
+    (["decompress", "none", "plain"], "none: No such file or directory"),
+    (["decompress", "model.safetensors", "few.json"], "--force replaces it"),
+])
+def test_errors_are_one_line_and_status_2(folder, words, line):
+    (folder / "bad.json").write_text('[{"stage": "squeeze"}]')
+    before = {p.name for p in folder.iterdir()}
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and done.output.startswith("Error: ") and line in done.output, done.output
+    assert len(done.output.splitlines()) == 1 and {p.name for p in folder.iterdir()} - {"__pycache__"} == before
+
+
+def test_usage_json_and_help(folder):
+    assert CliRunner().invoke(main, ["compress", "model.safetensors", "small"]).exit_code == 2
+    done = CliRunner().invoke(main, ["compress", "model.safetensors", "small", "--recipe", "few.json", "--json"])
+    held = json.loads(done.output)
+    assert held["before"] == held["stages"][0]["bytes"] and held["after"] == os.path.getsize("small") and len(held["stages"]) == 4
+    done = CliRunner().invoke(main, ["decompress", "small", "plain", "--json"])
+    assert json.loads(done.output)["after"] == os.path.getsize("plain")
+    done = CliRunner().invoke(main, ["--help"])
+    assert done.exit_code == 0 and all(word in done.output for word in ("compress", "decompress", "dedup", "ties"))
+
+
+def test_a_file_with_ties_is_compressed_with_them(folder):
+    set_seed(0)
+    save_model(Words(), "words.safetensors")
+    run = CliRunner().invoke(main, ["compress", "words.safetensors", "small", "--recipe", "few.json"])
+    assert run.exit_code == 0, run.output
+    fresh = Words()
+    load_model(fresh, Archive("small"))
+    assert fresh.head.weight is fresh.embedding.weight and len(fresh.head.weight.unique()) == 5
+    assert "head.weight" not in Archive("small").entries

@@ -1,0 +1,261 @@
+"Scores of single weights and rewinding: against Jacobians multiplied by hand, finite differences and brute force; tied models, masks, bad input."
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sharetie.checking import check_ties
+from sharetie.criteria import curvature_rows, obd, remember, rewind_, taylor
+from sharetie.making import tie_
+from sharetie.masks import edges, magnitude, mask_, masks_of, prune_
+from sharetie.views import Transpose
+
+
+class Words(nn.Module):
+    "A language model with one table, of the last word alone."
+    def __init__(self):
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        tie_(self, ["table.weight", "head.weight"])
+
+    def forward(self, x): return self.head(torch.tanh(self.body(self.table(x))))
+
+
+class Twice(nn.Module):
+    "Two convolutions on one Parameter."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
+        self.b.weight = self.a.weight
+
+    def forward(self, x): return self.b(torch.relu(self.a(x))).flatten(1)
+
+
+def reused():
+    layer = nn.Linear(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def autoencoder():
+    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5))
+    tie_(model, ["0.weight", "2.weight"], map=Transpose())
+    return model
+
+
+TIED = {"words": (Words, lambda: (torch.randint(7, (6,)), torch.randint(7, (6,))), F.cross_entropy),
+        "twice": (Twice, lambda: (torch.rand(3, 2, 4, 4), torch.rand(3, 32)), F.mse_loss),
+        "reused": (reused, lambda: (torch.rand(5, 4), torch.rand(5, 4)), F.mse_loss),
+        "autoencoder": (autoencoder, lambda: (torch.rand(5, 5), torch.rand(5, 5)), F.mse_loss)}
+
+
+@pytest.fixture(params=TIED)
+def tied(request):
+    torch.manual_seed(0)
+    make, data, loss = TIED[request.param]
+    x, y = data()
+    model = make().double()
+    return model, tuple(t.double() if t.is_floating_point() else t for t in (x, y)), loss
+
+
+def squared_chain(layers, x, h):
+    "Second derivatives of all weights of a chain, by squares of whole Jacobians, example by example."
+    inputs = [x]
+    for layer in layers: inputs.append(layer(inputs[-1]).detach())
+    found = {}
+    for i in reversed(range(len(layers))):
+        layer = layers[i]
+        for name, p in layer.named_parameters():
+            total = 0
+            for e in range(len(x)):
+                jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(layer, {name: p}, (inputs[i][e:e + 1],)).flatten())(p.detach())
+                total = total + torch.einsum("o,o...->...", h[e].flatten(), jacobian.square())
+            found[f"{i}.{name}"] = total
+        back = [torch.func.jacrev(lambda x: layer(x[None]).flatten())(inputs[i][e]).detach().square() for e in range(len(x))]
+        h = torch.stack([torch.einsum("o,o...->...", h[e].flatten(), j) for e, j in enumerate(back)])
+    return found
+
+
+CHAINS = {
+    "linear": lambda: [nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4, bias=False), nn.Sigmoid(), nn.Linear(4, 3)],
+    "convolutions": lambda: [nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.GELU(), nn.Conv2d(4, 4, 2, groups=2), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 3)],
+    "pools": lambda: [nn.Conv2d(2, 3, 3), nn.ELU(), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Dropout(.5), nn.Flatten(), nn.Linear(3, 3)],
+    "transposed": lambda: [nn.Conv1d(2, 3, 2), nn.SiLU(), nn.ConvTranspose1d(3, 2, 2, stride=2), nn.Flatten(), nn.Linear(20, 3)],
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_one_backward_pass_is_the_product_of_squared_jacobians(name):
+    torch.manual_seed(1)
+    layers = CHAINS[name]()
+    model = nn.Sequential(*layers).double()
+    if name == "convolutions":
+        model(torch.rand(8, 2, 7, 7).double())
+        with torch.no_grad(): layers[1].weight.uniform_(.5, 2)
+    model.eval()
+    x = {"linear": torch.rand(4, 6), "transposed": torch.rand(4, 2, 6)}.get(name, torch.rand(4, 2, 7, 7)).double()
+    y = torch.randint(3, (4,))
+    p = model(x).softmax(1)
+    wanted = squared_chain(layers, x, (p * (1 - p)).detach() / 4)
+    for key, score in obd(model, (x, y), F.cross_entropy, names="*").items():
+        torch.testing.assert_close(score, wanted[key] * model.get_parameter(key).detach().square() / 2)
+
+
+def test_residuals_products_and_numbers():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x): return 2 * (self.a(x) + x) * self.b(x) / 3
+
+    torch.manual_seed(0)
+    model, x, y = Branches().double(), torch.rand(5, 3).double(), torch.rand(5, 3).double()
+    h = torch.full((5, 3), 2 / 3 / 5).double()
+    factor = (2 / 3 * model.b(x)).square().detach()
+    torch.testing.assert_close(obd(model, (x, y), F.mse_loss)["a.weight"], (h * factor).T @ x.square() * model.a.weight.detach().square() / 2)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_linear_model_is_scored_exactly(cross):
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 5).double(), torch.randn(30, 2).double()
+    model = nn.Linear(5, 2, bias=False).double()
+    with torch.no_grad(): model.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
+    scores = obd(model, (x, y), F.mse_loss, cross=cross, chunk=7)["weight"]
+    for at in itertools.product(range(2), range(5)):
+        without = copy.deepcopy(model)
+        with torch.no_grad(): without.weight[at] = 0
+        assert scores[at].item() == pytest.approx((F.mse_loss(without(x), y) - F.mse_loss(model(x), y)).item(), rel=1e-8)
+
+
+def test_cross_terms_are_the_diagonal_of_gauss_and_newton(tied):
+    model, data, loss = tied
+    names = list(edges(model))
+    rows = curvature_rows(model, data, loss)
+    matrix = torch.einsum("pcn,pcm->nm", rows, rows) / len(data[1])
+    h = torch.cat([(2 * s / w.square()).flatten() for s, w in zip(obd(model, data, loss, cross=True, chunk=2).values(), edges(model).values())])
+    torch.testing.assert_close(matrix.diagonal(), h)
+    assert list(obd(model, data, loss)) == list(taylor(model, data, loss)) == names
+
+
+def test_rows_are_the_derivatives_of_the_stored_weights(tied):
+    "For squared error, by finite differences in the Parameter, all uses moving together."
+    model, data, loss = tied
+    if loss is not F.mse_loss: return
+    name, w = next(iter(edges(model).items()))
+    place, rows = model.get_parameter(name), curvature_rows(model, data, loss, name)
+    for k in range(0, w.numel(), 7):
+        out = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                place.view(-1)[k] += sign * 1e-6
+                out.append(model(data[0]).flatten(1))
+                place.view(-1)[k] -= sign * 1e-6
+        slope = (out[0] - out[1]) / 2e-6
+        torch.testing.assert_close(rows[:, :, k].square().sum(1), (2 / slope.shape[1] * slope.square()).sum(1), rtol=1e-5, atol=1e-9)
+
+
+def test_the_sum_over_uses_is_that_of_untied_copies(tied):
+    model, data, loss = tied
+    if not isinstance(model, (Twice, nn.Sequential)) or len(edges(model)) > 1: return
+    name, = edges(model)
+    apart = copy.deepcopy(model)
+    if isinstance(model, Twice): apart.b.weight = nn.Parameter(apart.a.weight.detach().clone())
+    elif model[0] is model[2]: apart[2] = copy.deepcopy(apart[0])
+    else:
+        apart[2] = nn.Linear(3, 5).double()
+        apart[2].load_state_dict({"weight": model[2].weight.detach(), "bias": model[2].bias.detach()})
+    one, two = obd(apart, data, loss).values()
+    torch.testing.assert_close(obd(model, data, loss)[name], one + (two if two.shape == one.shape else two.T))
+
+
+def test_taylor_is_the_slope_times_the_weight(tied):
+    model, data, loss = tied
+    scores = taylor(model, data, loss)
+    loss(model(data[0]), data[1]).backward()
+    for name, s in scores.items():
+        p = model.get_parameter(name)
+        torch.testing.assert_close(s, (p * p.grad).abs().detach())
+
+
+def test_what_is_masked_scores_nothing_and_frozen_weights_are_scored(tied):
+    model, data, loss = tied
+    for p in model.parameters(): p.requires_grad_(False)
+    prune_(model, magnitude(model), .4)
+    for criterion in (taylor, obd, lambda *a: obd(*a, cross=True)):
+        for name, s in criterion(model, data, loss).items(): assert (s[~masks_of(model)[name]] == 0).all() and s.max() > 0 and not s.requires_grad
+    assert not any(p.requires_grad for p in model.parameters()) and model.training
+    check_ties(model)
+
+
+def test_rewinding_keeps_masks_and_ties(tied):
+    model, data, loss = tied
+    began = remember(model)
+    prune_(model, magnitude(model), .5)
+    for _ in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), .1)
+        loss(model(data[0]), data[1]).backward()
+        optimizer.step()
+    assert rewind_(model, began) is model
+    check_ties(model)
+    for name, w in edges(model).items(): assert torch.equal(w, torch.where(masks_of(model)[name], began[name], 0))
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(data[0]), model(data[0]))
+
+
+def test_rewinding_takes_any_name_of_a_tied_weight():
+    model = Words()
+    rewind_(model, {"head.weight": torch.ones(7, 4)})
+    assert (model.table.weight == 1).all() and model.table.weight is model.head.weight
+
+
+def test_unused_weights_score_zero():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.spare = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x): return self.a(x)
+
+    data = torch.rand(3, 2), torch.rand(3, 2)
+    for criterion in (taylor, obd, lambda *a: obd(*a, cross=True)): assert (criterion(Spare(), data, F.mse_loss)["spare.weight"] == 0).all()
+
+
+# Bad input
+
+GOOD = torch.rand(4, 3), torch.rand(4, 2)
+BAD = {
+    "no module": (lambda: taylor(3, GOOD, F.mse_loss), TypeError, "model: a module"),
+    "no pair": (lambda: obd(nn.Linear(3, 2), GOOD[0], F.mse_loss), TypeError, "data: a pair"),
+    "no examples": (lambda: obd(nn.Linear(3, 2), (torch.rand(0, 3), torch.rand(0, 2)), F.mse_loss), ValueError, "at least one example"),
+    "lengths": (lambda: taylor(nn.Linear(3, 2), (GOOD[0], GOOD[1][:2]), F.mse_loss), ValueError, "as many examples"),
+    "no loss": (lambda: taylor(nn.Linear(3, 2), GOOD, 3), TypeError, "loss: a function"),
+    "sum": (lambda: obd(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum()), ValueError, "a mean over examples"),
+    "batch": (lambda: obd(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), GOOD, F.mse_loss), ValueError, "layer_norm mixes entries"),
+    "names": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, names="wieght"), ValueError, "matches none"),
+    "chunk": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, cross=True, chunk=0), ValueError, "chunk"),
+    "cross": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, cross=1), TypeError, "True or False"),
+    "recurrent": (lambda: taylor(nn.LSTM(3, 2), GOOD, F.mse_loss), ValueError, "would not see a mask"),
+    "rewind nothing": (lambda: rewind_(nn.Linear(3, 2), 3), TypeError, "values: a dictionary"),
+    "rewind elsewhere": (lambda: rewind_(nn.Linear(3, 2), {"wieght": GOOD[0]}), ValueError, "names of weights"),
+    "rewind shape": (lambda: rewind_(nn.Linear(3, 2), {"weight": GOOD[0]}), ValueError, "a tensor of shape"),
+    "rewind nan": (lambda: rewind_(nn.Linear(3, 2), {"weight": torch.full((2, 3), torch.nan)}), ValueError, "NaN"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error, words = BAD[name]
+    with pytest.raises(error, match=words): call()
+
+
+def test_a_refusal_changes_nothing():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    mask_(model, {"0.weight": torch.rand(2, 3) > .5})
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError): rewind_(model, {"0.weight": torch.ones(2, 3), "1.weight": torch.ones(1)})
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

@@ -1,0 +1,236 @@
+"Net-Trim: against SciPy's solvers, its constraints, planted layers, cascades, calls and readers of a layer, tied models, bad input that changes nothing."
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sharetie.checking import check_ties
+from sharetie.making import tie_
+from sharetie.masks import edges, magnitude, masks_of, prune_
+from sharetie.trimming import net_trim, trim_
+from sharetie.views import Transpose
+
+
+def linear_program(X, y, relu):
+    "The exact program for one unit and no error allowed."
+    X, y, n = X.numpy(), y.numpy(), X.shape[1]
+    on = y > 0 if relu else np.ones(len(y), bool)
+    both = np.concatenate([X, -X], 1)
+    found = scipy.optimize.linprog(np.ones(2 * n), both[~on] if relu else None, np.zeros((~on).sum()) if relu else None, both[on], y[on])
+    return found.x[:n] - found.x[n:]
+
+
+def planted(m=40, n=8, k=5, seed=0):
+    torch.manual_seed(seed)
+    W = torch.randn(n, k).double() * (torch.rand(n, k) > .5)
+    X = torch.randn(m, n).double()
+    return X, W
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_without_error_it_is_the_linear_program(relu, seed):
+    X, W = planted(12, 8, seed=seed)  # fewer examples than a unique solution needs
+    Y = (X @ W).relu() if relu else X[:6] @ W
+    X = X if relu else X[:6]
+    found = net_trim(X, Y, 0., relu, steps=50000, tolerance=1e-9)
+    for u, y in zip(found.T, Y.T):
+        wanted = linear_program(X, y, relu)
+        assert u.abs().sum().item() == pytest.approx(np.abs(wanted).sum(), rel=1e-3, abs=1e-6)
+
+
+def test_with_error_the_constraints_hold_and_the_size_falls():
+    X, W = planted()
+    Y, sizes = (X @ W).relu(), []
+    for epsilon in (0., .1, .3, .6):
+        found = net_trim(X, Y, epsilon, steps=20000, tolerance=1e-7)
+        on = Y > 0
+        off = ((X @ found - Y) * on).norm(dim=0)
+        assert (off <= epsilon * Y.norm(dim=0) + 1e-4).all() and (X @ found)[~on].max() <= 1e-4
+        sizes.append(found.abs().sum().item())
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_units_do_not_meet():
+    X, W = planted()
+    Y = (X @ W).relu()
+    together = net_trim(X, Y, .2, steps=20000, tolerance=1e-8)
+    for i in range(5): torch.testing.assert_close(net_trim(X, Y[:, i:i + 1], .2, steps=20000, tolerance=1e-8)[:, 0], together[:, i], atol=1e-3, rtol=1e-2)
+
+
+def test_a_planted_layer_is_found_behind_a_dense_one():
+    torch.manual_seed(0)
+    X, W = torch.randn(150, 40).double(), torch.randn(40, 10).double() * (torch.rand(40, 10) < .1)
+    found = net_trim(X, (X @ W).relu(), 0., steps=3000, tolerance=1e-5)
+    assert torch.equal(found.abs() > 1e-2, W.abs() > 1e-2)
+    torch.testing.assert_close(found, W, atol=1e-2, rtol=1e-2)
+
+
+def test_scale_of_inputs_does_not_matter():
+    X, W = planted()
+    Y = (X @ W).relu()
+    a, b = net_trim(X, Y, .1, steps=5000, tolerance=1e-6), net_trim(1e3 * X, 1e3 * Y, .1, steps=5000, tolerance=1e-6)
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_bias_is_free():
+    X, W = planted()
+    X = torch.cat([X, torch.ones(40, 1)], 1)
+    W = torch.cat([W, 50 * torch.ones(1, 5)])
+    found = net_trim(X, (X @ W).relu(), .01, bias=True, steps=20000, tolerance=1e-6)
+    assert found[-1].min() > 40 and found[:-1].abs().sum() <= W[:-1].abs().sum() + 1e-3
+
+
+def test_a_start_is_allowed_at_worse_inputs():
+    "What the old weights do at pruned inputs is always feasible, so the program has a solution."
+    X, W = planted()
+    Y = (X @ W).relu()
+    worse = X * (torch.rand(40, 8) > .3)
+    found = net_trim(worse, Y, 0., start=W, steps=20000, tolerance=1e-6)
+    assert found.abs().sum() <= W.abs().sum() + 1e-3
+    on = Y > 0
+    assert (((worse @ found - Y) * on).norm(dim=0) <= 1.1 * ((worse @ W - Y) * on).norm(dim=0) + 1e-3).all()
+
+
+def test_too_few_steps_are_a_warning():
+    X, W = planted()
+    with pytest.warns(UserWarning, match="5 of 5 units have not converged after 2 steps"): net_trim(X, (X @ W).relu(), .1, steps=2)
+
+
+# Networks
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)), torch.randn(80, 6)
+
+
+@pytest.mark.parametrize("cascade", [True, False])
+def test_layers_put_out_nearly_what_they_did(cascade):
+    model, x = network()
+    whole, y = copy.deepcopy(model), model(x).detach()
+    table = trim_(model, x, .05, cascade=cascade)
+    assert table["relu"].tolist() == [True, True, False] and (table["left"] < table["size"]).any() and (table["error"] < .4).all()
+    assert table["left"].tolist() == [int((w != 0).sum()) for w in edges(model).values()]
+    first = (model[0](x).relu() - whole[0](x).relu()).norm() / whole[0](x).relu().norm()
+    assert table["error"].iloc[0] == pytest.approx(first.item(), rel=1e-3) and first < .06
+    assert (model(x) - y).norm() < .5 * y.norm()
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x)) and model.training
+
+
+def test_a_layer_that_something_else_reads_too_is_kept_near_everywhere():
+    class Skip(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(h.relu() + h)
+
+    torch.manual_seed(0)
+    assert trim_(Skip(), torch.randn(30, 4), .1)["relu"].tolist() == [False, False]
+    for act, wanted in ((nn.Tanh(), False), (nn.ReLU(), True), (nn.GELU(), False)):
+        assert trim_(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 2)), torch.randn(30, 4), .1)["relu"].tolist() == [wanted, False]
+
+
+def test_a_layer_called_twice_is_trimmed_on_both():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 4)
+    model, x = nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU()), torch.randn(40, 4)
+    y = [layer(x).relu().detach(), model(x).detach()]
+    table = trim_(model, x, .1, cascade=False)
+    both = torch.cat([layer(x), layer(y[0])]).relu()
+    assert table["error"].item() == pytest.approx(((both - torch.cat(y)).norm() / torch.cat(y).norm()).item(), rel=1e-3)
+    assert model[0] is model[2] and len(list(model.parameters())) == 2
+    check_ties(model)
+
+
+def test_masks_of_before_stay():
+    model, x = network()
+    prune_(model, magnitude(model), .3)
+    before = {n: m.clone() for n, m in masks_of(model).items()}
+    trim_(model, x, .1)
+    for n, m in masks_of(model).items(): assert not (m & ~before[n]).any()
+
+
+def words():
+    model = nn.ModuleDict({"table": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    tie_(model, ["table.weight", "head.weight"])
+    return model
+
+
+def twice():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    return model
+
+
+def autoencoder():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 4))
+    tie_(model, ["0.weight", "2.weight"], map=Transpose())
+    return model
+
+
+class Coder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(4, 3)
+
+    def forward(self, x): return F.linear(self.encoder(x), self.encoder.weight.T)
+
+
+@pytest.mark.parametrize("make, match", [(words, "one linear layer"), (twice, "one linear layer"), (autoencoder, "through a map"), (Coder, "uses it elsewhere"),
+    (lambda: nn.Conv2d(4, 4, 1), "one linear layer"), (lambda: nn.LSTM(4, 4), "reads its weights from a list")])
+def test_other_uses_are_refused_and_nothing_changes(make, match):
+    model = make()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match): trim_(model, torch.rand(9, 4))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and not masks_of(model)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not hasattr(m, "_one_value"))
+
+
+BAD = {"epsilon": (dict(epsilon=-1), ValueError, "epsilon"), "steps": (dict(steps=0), ValueError, "steps"), "tolerance": (dict(tolerance=0), ValueError, "tolerance"),
+       "names": (dict(names="wieght"), ValueError, "matches none"), "cascade": (dict(cascade=0), TypeError, "True or False"), "batch": (dict(batch_size=0), ValueError, "batch_size"),
+       "empty": (dict(x=torch.rand(0, 6)), ValueError, "at least one element"), "nan": (dict(x=torch.full((4, 6), torch.nan)), ValueError, "finite"), "no tensor": (dict(x=[1]), TypeError, "x: a tensor")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_changes_nothing(name):
+    options, error, match = BAD[name]
+    model, x = network()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(error, match=match): trim_(model, **({"x": x} | options))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and not masks_of(model)
+
+
+X, Y = torch.rand(5, 3), torch.rand(5, 2)
+MATRICES = {"X": (dict(X=X[0]), ValueError), "Y": (dict(Y=Y[:3]), ValueError), "types": (dict(Y=Y.double()), ValueError), "below 0": (dict(Y=-Y), ValueError), "nan": (dict(X=X * torch.nan), ValueError),
+            "zeros": (dict(X=0 * X), ValueError), "start": (dict(start=torch.rand(2, 2)), ValueError), "relu": (dict(relu=1), TypeError), "bias": (dict(bias=1), TypeError), "kind": (dict(X=3), TypeError)}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_bad_matrices(name):
+    options, error = MATRICES[name]
+    with pytest.raises(error): net_trim(**({"X": X, "Y": Y} | options))
+
+
+def test_a_failure_on_the_way_undoes_all(monkeypatch):
+    import sharetie.trimming as trimming
+    model, x = network()
+    before, calls, real = {n: t.clone() for n, t in model.state_dict().items()}, [], trimming.net_trim
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3: raise MemoryError
+        return real(*args, **kwargs)
+    monkeypatch.setattr(trimming, "net_trim", failing)
+    with warnings.catch_warnings(), pytest.raises(MemoryError):
+        warnings.simplefilter("ignore")
+        trim_(model, x, .1, steps=50)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
