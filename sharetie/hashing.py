@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .binding import _Whole
-from .codebooks import _chosen, _install
+from .codebooks import _chosen, _compute
 from .errors import need, one_of, real, tensor, whole
 from .finding import Map
 from .making import _changeable
@@ -149,8 +148,7 @@ def hash_(
     _changeable(model)
     whole(seed, "seed", 0, _MASK - 2 * len(groups))
     plans = [(group, *_shared(group[0].tensor, factor, values, seed + 2 * i)) for i, group in enumerate(groups)]
-    with _Whole(model):
-        for group, map, source in plans: _install(group, map, source)
+    _compute(model, plans)
     return model
 
 

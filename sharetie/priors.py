@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .binding import _Whole
-from .codebooks import Lookup, _chosen, _install
+from .codebooks import Lookup, _chosen, _compute
 from .errors import need, real, tensor, whole
 from .making import _changeable
 
@@ -262,8 +261,7 @@ def assign_(
     owners = [_most_responsible(w, mixture) for w in weights]
     table, used = _entries(torch.cat([o.flatten() for o in owners]), mixture.means, zero)
     source = nn.Parameter(mixture.means[used], any(w.requires_grad for w in weights))
-    with _Whole(model):
-        for group, own in zip(prior._groups, owners): _install(group, Lookup(table[own], len(used), zero), source)
+    _compute(model, [(g, Lookup(table[own], len(used), zero), source) for g, own in zip(prior._groups, owners)])
     return model
 
 

@@ -9,8 +9,10 @@ from hypothesis import strategies as some
 from torch import nn
 
 from sharetie.census import census
+from sharetie.checking import check_ties
 from sharetie.codebooks import stored_bits
 from sharetie.hashing import Hashed, HashedLinear, buckets, hash_, xxh32
+from sharetie.making import declared_ties, tie_
 from sharetie.results import set_seed
 
 
@@ -208,3 +210,13 @@ def test_refuses_and_changes_nothing(build, options, error, text):
 ])
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text): call()
+
+
+def test_declared_ties_follow():
+    model = Words()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    tie_(model, ["embedding.weight", "head.weight"])
+    hash_(model, 4)
+    check_ties(model)
+    (name,) = {d.names for d in declared_ties(model)}
+    assert all(n.endswith("original") for n in name) and model.embedding.weight.equal(model.head.weight)

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import nn
 
+from sharetie.checking import check_ties
 from sharetie.codebooks import decode_, stored_bits
-from sharetie.pieces import PieceLookup, kmeans, product_rate, quantize_products_
+from sharetie.making import declared_ties, tie_
+from sharetie.pieces import PieceLookup, kmeans, piece_rate, quantize_pieces_
 from sharetie.results import set_seed
 
 
@@ -82,7 +84,7 @@ def mlp():
 def test_codes_are_of_the_nearest_piece_and_decode_exactly(books):
     model, x = mlp(), torch.randn(5, 8)
     plain = copy.deepcopy(model)
-    quantize_products_(model, 4, 4, books=books)
+    quantize_pieces_(model, 4, 4, books=books)
     lookup, source = model[0].parametrizations.weight[0], model[0].parametrizations.weight.original
     assert source.shape == (2 if books == "positions" else 1, 4, 4) and lookup.codes.shape == (40, 2)
     for j in range(2):
@@ -96,7 +98,7 @@ def test_codes_are_of_the_nearest_piece_and_decode_exactly(books):
 @pytest.mark.parametrize("books", ["positions", "layer"])
 def test_gradient_is_the_sum_over_all_places(books):
     model, x = mlp().double(), torch.randn(7, 8).double()
-    quantize_products_(model, 3, 2, books=books)
+    quantize_pieces_(model, 3, 2, books=books)
     plain = decode_(copy.deepcopy(model))
     model(x).square().sum().backward()
     plain(x).square().sum().backward()
@@ -114,14 +116,14 @@ def test_look_up_passes_gradcheck():
 
 def test_pieces_of_one_weight_are_a_codebook_of_values():
     model = mlp()
-    quantize_products_(model, 5, 1, "0.weight", books="layer")
-    assert len(model[0].weight.unique()) == 5 and product_rate((40, 8), 5, 1, "layer") == 320 * 32 / (320 * 3 + 5 * 32)
+    quantize_pieces_(model, 5, 1, "0.weight", books="layer")
+    assert len(model[0].weight.unique()) == 5 and piece_rate((40, 8), 5, 1, "layer") == 320 * 32 / (320 * 3 + 5 * 32)
 
 
 def test_convolutions_are_cut_along_their_kernels():
     set_seed(0)
     conv = nn.Conv2d(4, 16, 3)
-    quantize_products_(conv, 8, 9)
+    quantize_pieces_(conv, 8, 9)
     assert [len(conv.weight[:, c].flatten(1).unique(dim=0)) for c in range(4)] == [8] * 4
     assert stored_bits(conv) == 16 * 4 * 3 + 4 * 8 * 9 * 32 + 16 * 32
 
@@ -132,15 +134,15 @@ def test_moments_of_the_inputs_decide(books):
     layer, x = nn.Linear(8, 64, bias=False), torch.randn(300, 8) * torch.tensor([3., .1] * 4)
     lost = []
     for moments in (None, {"weight": torch.diag(torch.tensor([9., .01] * 4))}):
-        other = quantize_products_(copy.deepcopy(layer), 4, 2, books=books, moments=moments, generator=set_seed(0))
+        other = quantize_pieces_(copy.deepcopy(layer), 4, 2, books=books, moments=moments, generator=set_seed(0))
         lost.append((x @ (other.weight - layer.weight).T).square().mean().item())
     assert lost[1] < .5 * lost[0]
 
 
 def test_moments_of_nothing_are_no_moments():
     plain, moved = mlp(), mlp()
-    quantize_products_(plain, 4, 4, "0.weight", generator=set_seed(0))
-    quantize_products_(moved, 4, 4, "0.weight", moments={"0.weight": torch.eye(8)}, generator=set_seed(0))
+    quantize_pieces_(plain, 4, 4, "0.weight", generator=set_seed(0))
+    quantize_pieces_(moved, 4, 4, "0.weight", moments={"0.weight": torch.eye(8)}, generator=set_seed(0))
     torch.testing.assert_close(plain[0].weight, moved[0].weight)
 
 
@@ -186,10 +188,10 @@ def test_tied_models_are_cut_once_and_stay_tied(build, x, books):
     model = build()
     weight, = [p for p in model.parameters() if p.ndim > 1]
     bits, n = stored_bits(model), weight.numel()
-    quantize_products_(model, 2, 2, books=books)
+    quantize_pieces_(model, 2, 2, books=books)
     source, = [p for name, p in model.named_parameters() if name.endswith("original")]
     assert stored_bits(model) == bits - 32 * n + n // 2 + 32 * source.numel()
-    for other in (copy.deepcopy(model), quantize_products_(build(), 2, 2, books=books)):
+    for other in (copy.deepcopy(model), quantize_pieces_(build(), 2, 2, books=books)):
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(x), model(x))
         assert sum(p.numel() for p in other.parameters()) == sum(p.numel() for p in model.parameters())
@@ -205,7 +207,7 @@ def test_tied_models_are_cut_once_and_stay_tied(build, x, books):
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiles():
-    model, x = quantize_products_(mlp(), 4, 2), torch.randn(3, 8)
+    model, x = quantize_pieces_(mlp(), 4, 2), torch.randn(3, 8)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
 
 
@@ -230,12 +232,12 @@ def nan():
     (nan, dict(k=2, width=2), ValueError, "2.weight"),
     (lambda: nn.LSTM(2, 2), dict(k=2, width=2), ValueError, "RNNBase"),
     (lambda: nn.Linear(4, 4, bias=False).requires_grad_(False), dict(k=5, width=2), ValueError, "at most 4"),
-    (lambda: quantize_products_(mlp(), 2, 2), dict(k=2, width=2, names="*original"), ValueError, "computed from"),
+    (lambda: quantize_pieces_(mlp(), 2, 2), dict(k=2, width=2, names="*original"), ValueError, "computed from"),
 ])
 def test_refuses_and_changes_nothing(build, options, error, text):
     model = build()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(error, match=text): quantize_products_(model, **options)
+    with pytest.raises(error, match=text): quantize_pieces_(model, **options)
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n].nan_to_num(), after[n].nan_to_num()) for n in before)
@@ -244,7 +246,7 @@ def test_refuses_and_changes_nothing(build, options, error, text):
 def test_equal_rows_are_named():
     layer = nn.Linear(4, 6)
     with torch.no_grad(): layer.weight.copy_(torch.ones(6, 4))
-    with pytest.raises(ValueError, match="weight: k: at most 1, the number of distinct points"): quantize_products_(layer, 2, 2)
+    with pytest.raises(ValueError, match="weight: k: at most 1, the number of distinct points"): quantize_pieces_(layer, 2, 2)
 
 
 @pytest.mark.parametrize("call, error, text", [
@@ -252,10 +254,20 @@ def test_equal_rows_are_named():
     (lambda: kmeans(torch.full((1, 3, 2), torch.nan), 2), ValueError, "finite"),
     (lambda: kmeans(torch.rand(1, 3, 2), 4), ValueError, "k: "),
     (lambda: kmeans(torch.rand(1, 3, 2), 2, init=torch.rand(1, 3, 2)), ValueError, "init: "),
-    (lambda: product_rate((4, 6), 2, 4), ValueError, "a divisor of the 6 columns"),
+    (lambda: piece_rate((4, 6), 2, 4), ValueError, "a divisor of the 6 columns"),
     (lambda: PieceLookup(torch.zeros(3).long(), 2, (3, 2)), ValueError, "codes: "),
     (lambda: PieceLookup(torch.full((3, 2), 2), 2, (3, 2)), ValueError, "numbers from 0 to 1"),
-    (lambda: quantize_products_(3, 2, 2), TypeError, "module"),
+    (lambda: quantize_pieces_(3, 2, 2), TypeError, "module"),
 ])
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text): call()
+
+
+def test_declared_ties_follow():
+    model = Words()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    tie_(model, ["embedding.weight", "head.weight"])
+    quantize_pieces_(model, 2, 2)
+    check_ties(model)
+    (name,) = {d.names for d in declared_ties(model)}
+    assert all(n.endswith("original") for n in name) and model.embedding.weight.equal(model.head.weight)

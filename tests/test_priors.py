@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import distributions, nn
 
+from sharetie.checking import check_ties
 from sharetie.codebooks import decode_, stored_bits
+from sharetie.making import declared_ties, tie_
 from sharetie.priors import (HyperPriors, Mixture, MixturePrior, assign_, components, merge_components, mixture_cost, mixture_groups, responsibilities)
 from sharetie.results import set_seed
 from sharetie.train import fit
@@ -273,3 +275,13 @@ def test_weights_that_became_nan_are_refused_and_stay():
     with torch.no_grad(): model[0].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="0.weight"): assign_(prior)
     assert not nn.utils.parametrize.is_parametrized(model[0]) and not nn.utils.parametrize.is_parametrized(model[2])
+
+
+def test_declared_ties_follow():
+    model = Words()
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+    tie_(model, ["embedding.weight", "head.weight"])
+    assign_(MixturePrior(model, 4))
+    check_ties(model)
+    (name,) = {d.names for d in declared_ties(model)}
+    assert all(n.endswith("original") for n in name) and model.embedding.weight.equal(model.head.weight)
