@@ -113,7 +113,7 @@ def _check_trim(X, Y, epsilon, relu, start, bias, steps, tolerance):
 # %% ../nbs/40_trimming.ipynb #6c8dd378
 class _Readers(TorchFunctionMode):
     "Notes which functions are called of the outputs of layers, and the inputs and outputs themselves."
-    def __init__(self): super().__init__(); self.rows = []
+    def __init__(self): super().__init__(); self.rows, self.over = [], set()
 
     def note(self, module, inputs, out):
         self.rows.append((inputs[0].detach().flatten(0, -2), out.detach().clone().flatten(0, -2), out, set()))
@@ -121,7 +121,9 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for *_, out, names in self.rows:
-            if any(a is out for a in args) and isinstance(result, Tensor): names.add(func.__name__.rstrip("_"))
+            if id(out) in self.over or not any(a is out for a in args) or not isinstance(result, Tensor): continue
+            names.add(func.__name__.rstrip("_"))
+            if result is out: self.over.add(id(out))  # what was computed in place is no output of the layer any more
         return result
 
 
