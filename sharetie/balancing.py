@@ -54,6 +54,11 @@ def _parameters(shared):
     return [p for p in shared if p.requires_grad]
 
 
+class _Sparse(ValueError):
+    "A shared parameter has a sparse gradient."
+    def __init__(self, p): self.p = p
+
+
 def _name_of(p, shared):
     "A shared parameter as messages name it."
     if not isinstance(shared, nn.Module): return f"shared, of shape {tuple(p.shape)}"
@@ -402,11 +407,6 @@ def _add_up(rows, coefficients):
 
 
 def _plain_sum(rows): return _add_up(rows, [1.] * len(rows)), torch.ones(len(rows))
-
-
-class _Sparse(ValueError):
-    "A shared parameter has a sparse gradient."
-    def __init__(self, p): self.p = p
 
 
 class _NotFinite(ValueError):
