@@ -40,7 +40,7 @@ def _finite(losses, on_nan):
     if len(bad) == len(losses): raise ValueError(f"losses: a finite number is expected in one task at least, got none in {bad}")
     return {name: loss.reshape(()) for name, loss in losses.items() if name not in bad}
 
-
+# %% ../nbs/21_balancing.ipynb #5c1e7a07
 def _parameters(shared):
     "The shared parameters as a list; of a multitask model there may be none."
     several = isinstance(shared, Multitask)
@@ -52,6 +52,11 @@ def _parameters(shared):
     need(shared or several, "shared", "at least one Parameter", "none")
     for p in shared: need(isinstance(p, Tensor) and p.is_leaf, "shared", "leaf tensors", p, TypeError)
     return [p for p in shared if p.requires_grad]
+
+
+class _Sparse(ValueError):
+    "A shared parameter has a sparse gradient."
+    def __init__(self, p): self.p = p
 
 
 def _name_of(p, shared):
@@ -139,7 +144,7 @@ class Balancer(nn.Module):
             need(not past, f"losses[{name!r}]", "a loss that sees shared parameters through the representation alone", "another way")
         else: need(any(id(p) in leaves for p in shared), f"losses[{name!r}]", "a loss that depends on shared parameters", "one that does not")
 
-
+# %% ../nbs/21_balancing.ipynb #5c1e7a09
 def _meeting(leaves, shared, z):
     "Which losses reach a shared parameter; all do through a representation."
     return torch.tensor([z is not None or any(id(p) in own for p in shared) for own in leaves])
@@ -388,7 +393,7 @@ def _products(rows, least):
             total = total.to(piece.device) + (piece @ piece.T).double()
     return total
 
-
+# %% ../nbs/21_balancing.ipynb #5c1e7a08
 def _add_up(rows, coefficients):
     "The combination of gradients, written into the first that has each part."
     total = list(rows[0])
@@ -402,11 +407,6 @@ def _add_up(rows, coefficients):
 
 
 def _plain_sum(rows): return _add_up(rows, [1.] * len(rows)), torch.ones(len(rows))
-
-
-class _Sparse(ValueError):
-    "A shared parameter has a sparse gradient."
-    def __init__(self, p): self.p = p
 
 
 class _NotFinite(ValueError):

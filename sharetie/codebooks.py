@@ -144,18 +144,22 @@ def cluster_(
         kinds = {(g[0].tensor.dtype, g[0].tensor.device) for g in part}
         need(len(kinds) == 1, "scope", "'layer' for weights of several types or devices", scope)
     plans = [_plan(part, k, weights, init, zero, generator) for part in sets]
-    with _Whole(model):
-        for source, members in plans:
-            for group, lookup in members: _install(group, lookup, source)
-        _redeclare(model, {place.name: _inner(place.name) for group in groups for place in group}, {})
+    _compute(model, [(group, lookup, source) for source, members in plans for group, lookup in members])
     return model
 
 
-def _install(group, lookup, source):
-    "Put one look-up and its codebook where a parameter was."
+def _compute(model, plans):
+    "Let parameters, in all of their places, be computed by a map from a source, all or none; declared ties follow."
+    with _Whole(model):
+        for group, map, source in plans: _install(group, map, source)
+        _redeclare(model, {place.name: _inner(place.name) for group, *_ in plans for place in group}, {})
+
+
+def _install(group, map, source):
+    "Put a map and its source where a parameter was."
     for owner, attribute in dict.fromkeys((p.owner, p.attribute) for p in group):
         if parametrize.is_parametrized(owner): _copyable(owner)
-        parametrize.register_parametrization(owner, attribute, lookup, unsafe=True)
+        parametrize.register_parametrization(owner, attribute, map, unsafe=True)
         owner.parametrizations[attribute].original = source
         _copyable(owner)
 

@@ -193,7 +193,7 @@ def _all_blocks(W, H, mask, sparsity, limit, block):
              for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H))]
     return tuple(torch.cat(part)[..., 0] for part in zip(*parts))
 
-# %% ../nbs/40_layerwise.ipynb #824b688c
+# %% ../nbs/40_layerwise.ipynb #2c3154fe
 class Calibration(NamedTuple):
     "What pruning a weight needs to know of its uses, per example."
     hessian: Tensor  # (d, d) of the inputs, around their means where biases can move
@@ -221,7 +221,7 @@ class _Layer:
             counts = torch.bincount(x.flatten(), minlength=module.num_embeddings)
             self.counts = counts if self.counts is None else self.counts + counts
             return
-        rows = _patches(self.module, x)
+        rows = _patches(self.module, x.to(torch.promote_types(x.dtype, torch.float32)))
         square, total = rows.T @ rows, rows.sum(0)
         self.square, self.sum = (square, total) if self.square is None else (self.square + square, self.sum + total)
         self.n += len(rows)
@@ -381,7 +381,7 @@ def _sparsities(weights, sparsity):
     for name in weights: one_of(name, "weights", given)
     return given
 
-# %% ../nbs/40_layerwise.ipynb #a539ba80
+# %% ../nbs/40_layerwise.ipynb #59e6055a
 def _check_options(weight, sparsity, pattern, method, damp, block):
     "Raise where `prune_rows` would."
     W = weight.tensor.detach().flatten(1)
@@ -409,7 +409,8 @@ def _called(model, weights, x):
 
 def _prune_one(weight, seen, sparsity, pattern, method, damp, block):
     "New values for a weight and its biases; its mask, and a row about it."
-    shape, old = weight.tensor.shape, _seen(weight).flatten(1).clone()
+    shape, exact = weight.tensor.shape, torch.promote_types(weight.tensor.dtype, torch.float32)
+    old = _seen(weight).flatten(1).to(exact, copy=True)
     hessian, known = seen.hessian.to(old.dtype), None if weight.mask is None else weight.mask.mask.flatten(1)
     if seen.counts is not None:
         hessian = hessian + torch.diag_embed(seen.counts[:, None].to(old.dtype).expand(-1, old.shape[1]))

@@ -32,7 +32,7 @@ def _shrunk(z, by, free):
     if free: out[-free:] = z[-free:]
     return out
 
-# %% ../nbs/40_trimming.ipynb #2e1d43a9
+# %% ../nbs/40_trimming.ipynb #a145f9da
 class _Admm:
     "The state of the method for all columns of one layer."
     def __init__(self, X, free):
@@ -45,22 +45,23 @@ class _Admm:
         self.a, self.b, self.rho = torch.zeros_like(z), torch.zeros_like(self.v), z.new_ones(z.shape[1])
 
     def step(self, project, relax=1.6):
-        "One step for all columns; both residuals of each."
+        "One step for all columns; both residuals of each, as parts of what they compare."
         u = self.solve(self.z - self.a + self.X.T @ (self.v - self.b))
         ahead, out = relax * u + (1 - relax) * self.z, relax * (self.X @ u) + (1 - relax) * self.v
         z, v = _shrunk(ahead + self.a, 1 / self.rho, self.free), project(out + self.b)
         apart = torch.hypot((ahead - z).norm(dim=0), (out - v).norm(dim=0))
         moved = (z - self.z + self.X.T @ (v - self.v)).norm(dim=0)
         self.a, self.b, self.z, self.v = self.a + ahead - z, self.b + out - v, z, v
-        return apart, moved
+        tiny = torch.finfo(z.dtype).tiny ** .5
+        return apart / torch.hypot(z.norm(dim=0), v.norm(dim=0)).clamp(min=tiny), moved / self.a.norm(dim=0).clamp(min=tiny)
 
     def balance(self, apart, moved):
-        "Other steps where one residual is far above the other."
-        factor = torch.where(apart > 5 * moved, 2., torch.where(moved > 5 * apart, .5, 1.)).to(self.rho)
-        self.rho *= factor
-        self.a, self.b = self.a / factor, self.b / factor
+        "Larger steps where copies are further apart than they move, relative to their sizes, and smaller ones else."
+        factor = (apart / moved.clamp(min=1e-12)).clamp(.01, 100).sqrt()
+        factor = torch.where((factor > 1.5) | (factor < 1 / 1.5), factor, torch.ones_like(factor))
+        self.rho, self.a, self.b = self.rho * factor, self.a / factor, self.b / factor
 
-# %% ../nbs/40_trimming.ipynb #fc373558
+# %% ../nbs/40_trimming.ipynb #7cb443db
 @torch.no_grad()
 def net_trim(
     X: Tensor,  # (m, n) inputs; with a bias, a last column of ones
@@ -90,10 +91,9 @@ def net_trim(
     def project(v): return _allowed(v, Y, active, radius, limit)
     for n in range(steps):
         apart, moved = run.step(project)
-        scale = torch.hypot(run.z.norm(dim=0), run.v.norm(dim=0)).clamp(min=1e-12)
-        if bool((torch.maximum(apart, moved) <= tolerance * scale).all()): return run.z
+        if bool((torch.maximum(apart, moved) <= tolerance).all()): return run.z
         if n % 10 == 9 and n < steps // 2: run.balance(apart, moved)
-    open_ = int((torch.maximum(apart, moved) > tolerance * scale).sum())
+    open_ = int((torch.maximum(apart, moved) > tolerance).sum())
     warn(f"{open_} of {Y.shape[1]} units have not converged after {steps} steps; take more steps or a larger tolerance")
     return run.z
 
@@ -113,7 +113,7 @@ def _check_trim(X, Y, epsilon, relu, start, bias, steps, tolerance):
 # %% ../nbs/40_trimming.ipynb #6c8dd378
 class _Readers(TorchFunctionMode):
     "Notes which functions are called of the outputs of layers, and the inputs and outputs themselves."
-    def __init__(self): super().__init__(); self.rows = []
+    def __init__(self): super().__init__(); self.rows, self.over = [], set()
 
     def note(self, module, inputs, out):
         self.rows.append((inputs[0].detach().flatten(0, -2), out.detach().clone().flatten(0, -2), out, set()))
@@ -121,7 +121,9 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for *_, out, names in self.rows:
-            if any(a is out for a in args) and isinstance(result, Tensor): names.add(func.__name__.rstrip("_"))
+            if id(out) in self.over or not any(a is out for a in args) or not isinstance(result, Tensor): continue
+            names.add(func.__name__.rstrip("_"))
+            if result is out: self.over.add(id(out))  # what was computed in place is no output of the layer any more
         return result
 
 

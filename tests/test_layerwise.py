@@ -334,6 +334,13 @@ def test_patterns_and_modes():
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
 
 
+def test_half_precision_is_pruned_in_single():
+    model, x = network()
+    half = copy.deepcopy(model).bfloat16()
+    table, exact = layerwise_(half, x.bfloat16(), .5), layerwise_(model, x, .5)
+    assert half[0].weight.dtype == torch.bfloat16 and table["left"].equals(exact["left"]) and (table["error"] < 2 * exact["error"] + .05).all()
+
+
 # Bad input
 
 NET = {"sparsity 1": (dict(sparsity=1.), ValueError, "below 1"), "none": (dict(), ValueError, "one of sparsity and pattern"),
