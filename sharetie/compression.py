@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['compress', 'compress_command', 'decompress_command', 'Clusters', 'kmeans_1d', 'compression_rate', 'code_bits',
-           'Lookup', 'cluster_', 'stored_bits', 'decode_', 'matrix_factors', 'tucker_factors', 'cp_factors', 'Factored',
-           'FactoredTable', 'FactoredTranspose', 'factorize_', 'factored_layers', 'share_basis_', 'quantize',
-           'dequantize', 'pack_int4', 'unpack_int4', 'QuantizedWeight', 'QuantizedLinear', 'QuantizedEmbedding',
-           'QuantizedConv', 'quantize_', 'stored_bytes', 'quantized_weights', 'FakeQuantize', 'prepare_', 'convert_',
-           'to_gaps', 'from_gaps', 'entropy_bits', 'to_stream', 'from_stream', 'NOTE', 'FORMAT', 'Scaled', 'to_record',
-           'from_record', 'write_archive', 'save_archive', 'Archive', 'Sizes', 'decompress', 'STAGES', 'Prune',
-           'Cluster', 'Tune', 'Quantize', 'Round', 'Code', 'read_recipe']
+           'Lookup', 'cluster_', 'stored_bits', 'decode_', 'xxh32', 'buckets', 'Hashed', 'HashedLinear', 'hash_',
+           'Pieces', 'kmeans', 'piece_rate', 'PieceLookup', 'quantize_pieces_', 'matrix_factors', 'tucker_factors',
+           'cp_factors', 'Factored', 'FactoredTable', 'FactoredTranspose', 'factorize_', 'factored_layers',
+           'share_basis_', 'quantize', 'dequantize', 'pack_int4', 'unpack_int4', 'QuantizedWeight', 'QuantizedLinear',
+           'QuantizedEmbedding', 'QuantizedConv', 'quantize_', 'stored_bytes', 'quantized_weights', 'FakeQuantize',
+           'prepare_', 'convert_', 'to_gaps', 'from_gaps', 'entropy_bits', 'to_stream', 'from_stream', 'NOTE', 'FORMAT',
+           'Scaled', 'to_record', 'from_record', 'write_archive', 'save_archive', 'Archive', 'Sizes', 'decompress',
+           'mixture_cost', 'HyperPriors', 'Mixture', 'MixturePrior', 'components', 'mixture_groups', 'responsibilities',
+           'merge_components', 'assign_', 'STAGES', 'Prune', 'Cluster', 'Tune', 'Quantize', 'Round', 'Code',
+           'read_recipe']
 
 # %% ../nbs/42_compression.ipynb #5006e168
 import json
@@ -37,6 +40,9 @@ from .coding import *
 from .command import _plainly, _size
 from .errors import need
 from .factors import *
+from .hashing import *
+from .pieces import *
+from .priors import *
 from .products import *
 from .quantization import *
 from .recipes import *
@@ -48,13 +54,15 @@ from .scores import evaluate
 # %% ../nbs/42_compression.ipynb #1248e0c4
 _all_ = [
     "Clusters", "kmeans_1d", "compression_rate", "code_bits", "Lookup", "cluster_", "stored_bits", "decode_",
-    "matrix_factors", "tucker_factors", "cp_factors", "Factored", "FactoredTable", "FactoredTranspose",
-    "factorize_", "factored_layers", "share_basis_", "quantize", "dequantize", "pack_int4", "unpack_int4",
-    "QuantizedWeight", "QuantizedLinear", "QuantizedEmbedding", "QuantizedConv", "quantize_", "stored_bytes",
-    "quantized_weights", "FakeQuantize", "prepare_", "convert_", "to_gaps", "from_gaps", "entropy_bits",
-    "to_stream", "from_stream", "NOTE", "FORMAT", "Scaled", "to_record", "from_record", "write_archive",
-    "save_archive", "Archive", "Sizes", "decompress", "STAGES", "Prune", "Cluster", "Tune", "Quantize", "Round",
-    "Code", "read_recipe",
+    "xxh32", "buckets", "Hashed", "HashedLinear", "hash_", "Pieces", "kmeans", "piece_rate", "PieceLookup",
+    "quantize_pieces_", "matrix_factors", "tucker_factors", "cp_factors", "Factored", "FactoredTable",
+    "FactoredTranspose", "factorize_", "factored_layers", "share_basis_", "quantize", "dequantize", "pack_int4",
+    "unpack_int4", "QuantizedWeight", "QuantizedLinear", "QuantizedEmbedding", "QuantizedConv", "quantize_",
+    "stored_bytes", "quantized_weights", "FakeQuantize", "prepare_", "convert_", "to_gaps", "from_gaps",
+    "entropy_bits", "to_stream", "from_stream", "NOTE", "FORMAT", "Scaled", "to_record", "from_record",
+    "write_archive", "save_archive", "Archive", "Sizes", "decompress", "mixture_cost", "HyperPriors", "Mixture",
+    "MixturePrior", "components", "mixture_groups", "responsibilities", "merge_components", "assign_", "STAGES",
+    "Prune", "Cluster", "Tune", "Quantize", "Round", "Code", "read_recipe",
 ]
 
 # %% ../nbs/42_compression.ipynb #8c7fe817
