@@ -21,33 +21,10 @@ from sharetie.masks import magnitude, prune_
 from sharetie.quantization import quantize_
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
+from tied import Convs, Reused, Words
 
 
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(100, 32), nn.Linear(32, 100, bias=False)
-        self.head.weight = self.embedding.weight
-    def forward(self, x): return self.head(self.embedding(x).tanh())
-
-
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(24, 24)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
+def words(): return Words(100, 32)
 
 
 class Coder(nn.Module):
@@ -59,7 +36,7 @@ class Coder(nn.Module):
     def forward(self, x): return self.decoder(self.encoder(x).relu())
 
 
-TIED = {"words": (Words, torch.arange(4)), "reused": (Reused, torch.randn(3, 24)), "convs": (Convs, torch.randn(1, 8, 4, 4)),
+TIED = {"words": (words, torch.arange(4)), "reused": (lambda: Reused(24), torch.randn(3, 24)), "convs": (lambda: Convs(8), torch.randn(1, 8, 4, 4)),
         "coder": (Coder, torch.randn(2, 60))}
 
 
@@ -85,7 +62,7 @@ def test_a_tied_weight_is_stored_once_and_stays_tied(kind, tmp_path):
 
 
 def test_clustered_models_are_saved_as_what_they_compute(tmp_path):
-    model, fresh = cluster_(Words(), 16), Words()
+    model, fresh = cluster_(words(), 16), words()
     save_archive(model, tmp_path / "a")
     load_model(fresh, Archive(tmp_path / "a"))
     assert torch.equal(fresh(torch.arange(5)), model(torch.arange(5)))
@@ -95,9 +72,9 @@ def test_clustered_models_are_saved_as_what_they_compute(tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_models_are_coded_too(tmp_path, bits):
     set_seed(0)
-    model = quantize_(Words(), bits, 16)
+    model = quantize_(words(), bits, 16)
     save_archive(model, tmp_path / "a")
-    fresh = quantize_(Words(), bits, 16)
+    fresh = quantize_(words(), bits, 16)
     load_model(fresh, Archive(tmp_path / "a"))
     assert torch.equal(fresh(torch.arange(5)), model(torch.arange(5)))
     assert os.path.getsize(tmp_path / "a") < 3200 * bits / 8 + 200 * 4 + 800
@@ -251,7 +228,7 @@ def test_records_that_no_one_wrote():
 
 
 def test_foreign_files(tmp_path):
-    save_model(Words(), tmp_path / "plain.safetensors")
+    save_model(words(), tmp_path / "plain.safetensors")
     torch.save({"a": torch.ones(2)}, tmp_path / "torch.pt")
     (tmp_path / "text").write_text("hello, this is text")
     (tmp_path / "empty").write_bytes(b"")
@@ -266,10 +243,10 @@ def test_foreign_files(tmp_path):
 def test_nothing_is_in_the_way_by_accident(tmp_path):
     path = small(tmp_path)
     data = path.read_bytes()
-    with pytest.raises(FileExistsError, match="force=True"): save_archive(Words(), path)
+    with pytest.raises(FileExistsError, match="force=True"): save_archive(words(), path)
     with pytest.raises(FileExistsError, match="force=True"): decompress(path, path)
-    with pytest.raises(FileNotFoundError, match="no folder"): save_archive(Words(), tmp_path / "none" / "a")
-    with pytest.raises(IsADirectoryError): save_archive(Words(), tmp_path, force=True)
+    with pytest.raises(FileNotFoundError, match="no folder"): save_archive(words(), tmp_path / "none" / "a")
+    with pytest.raises(IsADirectoryError): save_archive(words(), tmp_path, force=True)
     assert path.read_bytes() == data and [*tmp_path.iterdir()] == [path]
     sizes = decompress(path, path, force=True)
     assert sizes.before == len(data) and sizes.after == os.path.getsize(path) and "0.weight" in load_file(path)

@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sharetie.clusters import kmeans_1d
@@ -12,49 +11,12 @@ from sharetie.masks import _inner
 from sharetie.results import set_seed
 from sharetie.ties import check_ties, declared_ties, load_model, save_model
 from sharetie.transformer import CharacterModel
+from tied import TIED
 
 
 def mlp():
     set_seed(0)
     return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
-
-
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-    def forward(self, x): return self.head(self.embedding(x).tanh())
-
-
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(5, 5)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(6, 3)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-TIED = [(Words, torch.arange(4)), (Reused, torch.randn(3, 5)), (Convs, torch.randn(1, 2, 4, 4)), (Coder, torch.randn(2, 6))]
 
 
 @pytest.mark.parametrize("build, x", TIED, ids=lambda v: getattr(v, "__name__", ""))

@@ -22,6 +22,7 @@ from sharetie.masks import magnitude, prune_
 from sharetie.recipes import STAGES, Cluster, Prune, Quantize, Round, Tune, _Run, read_recipe
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
+from tied import Coder, Convs, Reused, Words
 
 
 def mlp():
@@ -39,43 +40,11 @@ FULL = [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 2, "batc
         {"stage": "round"}, {"stage": "code"}]
 
 
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(30, 16), nn.Linear(16, 30, bias=False)
-        self.head.weight = self.embedding.weight
-    def forward(self, x): return self.head(self.embedding(x).tanh())
+def words(): return Words(30, 16)
 
 
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(12, 12)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(12, 6)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-TIED = {"words": (Words, torch.randint(30, (20,)), F.cross_entropy), "reused": (Reused, torch.randn(20, 12), F.mse_loss),
-        "convs": (Convs, torch.randn(20, 4, 4, 4), F.mse_loss), "coder": (Coder, torch.randn(20, 12), F.mse_loss)}
+TIED = {"words": (words, torch.randint(30, (20,)), F.cross_entropy), "reused": (lambda: Reused(12), torch.randn(20, 12), F.mse_loss),
+        "convs": (lambda: Convs(4), torch.randn(20, 4, 4, 4), F.mse_loss), "coder": (lambda: Coder(12, 6), torch.randn(20, 12), F.mse_loss)}
 CLUSTERED = [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 1}, {"stage": "cluster", "k": 4}, {"stage": "tune", "epochs": 1},
              {"stage": "round"}, {"stage": "code"}]
 QUANTIZED = [{"stage": "prune", "sparsity": .5}, {"stage": "quantize", "bits": 4}, {"stage": "round"}, {"stage": "code"}]
@@ -369,10 +338,10 @@ def test_usage_json_and_help(folder):
 
 def test_a_file_with_ties_is_compressed_with_them(folder):
     set_seed(0)
-    save_model(Words(), "words.safetensors")
+    save_model(words(), "words.safetensors")
     run = CliRunner().invoke(main, ["compress", "words.safetensors", "small", "--recipe", "few.json"])
     assert run.exit_code == 0, run.output
-    fresh = Words()
+    fresh = words()
     load_model(fresh, Archive("small"))
     assert fresh.head.weight is fresh.embedding.weight and len(fresh.head.weight.unique()) == 5
     assert "head.weight" not in Archive("small").entries

@@ -4,13 +4,11 @@ import pickle
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sharetie.binding import keep_ties
 from sharetie.census import census
 from sharetie.checking import check_ties
-from sharetie.embeddings import ScaledEmbedding
 from sharetie.factors import factored_layers, factorize_, share_basis_
 from sharetie.finding import find_ties
 from sharetie.making import declared_ties, tie_
@@ -19,53 +17,7 @@ from sharetie.products import Factored, FactoredTable, matrix_factors
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
 from sharetie.transformer import CharacterModel
-from sharetie.views import Transpose
-
-
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self, kind=nn.Embedding, declared=True):
-        super().__init__()
-        self.table, self.body, self.head = kind(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
-        if declared: tie_(self, ["table.weight", "head.weight"])
-        else: self.head.weight = self.table.weight
-    def forward(self, x): return self.head(self.body(self.table(x)).tanh())
-
-
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(6, 6)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one Parameter, with other strides."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, stride=2, padding=1, bias=False)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose, as no layer knows."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(6, 4)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-def autoencoder():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6))
-    tie_(model, ["0.weight", "2.weight"], map=Transpose())
-    return model
-
-
-TIED = {"words": (Words, torch.arange(4), 2), "scaled": (lambda: Words(ScaledEmbedding), torch.arange(4), 2), "undeclared": (lambda: Words(declared=False), torch.arange(4), 2),
-        "reused": (Reused, torch.randn(3, 6), 1), "convs": (Convs, torch.randn(1, 6, 5, 5), 1), "coder": (Coder, torch.randn(2, 6), 1), "autoencoder": (autoencoder, torch.randn(2, 6), 1)}
+from tied import TIED_LAYERS, Reused, Speaker, autoencoder
 
 
 def held(model):
@@ -74,10 +26,10 @@ def held(model):
             if isinstance(getattr(m, a, None), torch.Tensor)}
 
 
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name", TIED_LAYERS)
 def test_tied_weights_are_factorized_once_and_stay_tied(name, tmp_path):
     set_seed(1)
-    build, x, expected = TIED[name]
+    build, x, expected = TIED_LAYERS[name]
     model = build().double()
     x = x.double() if x.is_floating_point() else x
     before, plain = sum(p.numel() for p in model.parameters()), copy.deepcopy(model)
@@ -111,7 +63,7 @@ def test_tied_weights_are_factorized_once_and_stay_tied(name, tmp_path):
 
 
 def test_declared_ties_of_factors_survive_a_cast():
-    model = keep_ties(Words())
+    model = keep_ties(Speaker())
     factorize_(model, "head", rank=2)
     assert [d.names for d in declared_ties(model)] == [("table.down.weight", "head.down.weight"), ("table.up.weight", "head.up.weight")]
     model.to(torch.float64)
@@ -129,7 +81,7 @@ def test_tied_biases_stay_tied():
 
 
 def test_padding_stays_zero_and_masked():
-    model = Words.__new__(Words)
+    model = Speaker.__new__(Speaker)
     nn.Module.__init__(model)
     model.table, model.body, model.head = nn.Embedding(20, 8, padding_idx=3), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
     tie_(model, ["table.weight", "head.weight"], padding="mask")
@@ -192,7 +144,7 @@ def test_examples_make_outputs_nearest(build):
 
 def test_examples_of_all_uses_are_added_up():
     set_seed(0)
-    model, x = Reused().double(), torch.randn(50, 6).double()
+    model, x = Reused(6).double(), torch.randn(50, 6).double()
     inputs = torch.cat([x, model.a(x).relu()]).detach()
     outputs = model.a.weight.detach() @ inputs.T
     up, down = matrix_factors(model.a.weight.detach(), 2, outputs - outputs.mean(1, keepdim=True))
@@ -297,7 +249,7 @@ def test_a_shared_basis_sees_examples():
 
 
 def test_a_basis_shared_with_a_table():
-    model = Words()
+    model = Speaker()
     share_basis_(model, "*", rank=3)
     assert model.table.down.weight is model.head.down.weight is model.body.down.weight
     assert model.table.up.weight is model.head.up.weight
@@ -326,7 +278,7 @@ def test_factors_can_be_pruned_and_factorized_again():
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiles():
-    model, x = factorize_(Words(), rank=3), torch.arange(4)
+    model, x = factorize_(Speaker(), rank=3), torch.arange(4)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
 
 

@@ -14,6 +14,7 @@ from sharetie.codebooks import stored_bits
 from sharetie.hashing import Hashed, HashedLinear, buckets, hash_, xxh32
 from sharetie.making import declared_ties, tie_
 from sharetie.results import set_seed
+from tied import TIED, Words
 
 
 def plain_xxh32(words, seed):
@@ -102,42 +103,7 @@ def test_census_counts_numbers_once():
     assert (table["0.values"].stored, table["0.values"].used) == (17, 600)
 
 
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-    def forward(self, x): return self.head(self.embedding(x).tanh())
-
-
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(5, 5)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(6, 3)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-@pytest.mark.parametrize("build, x", [(Words, torch.arange(4)), (Reused, torch.randn(3, 5)), (Convs, torch.randn(1, 2, 4, 4)), (Coder, torch.randn(2, 6))])
+@pytest.mark.parametrize("build, x", TIED)
 @pytest.mark.parametrize("values", ["fresh", "nearest"])
 def test_tied_models_are_hashed_once_and_stay_tied(build, x, values):
     set_seed(1)

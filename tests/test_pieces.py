@@ -4,7 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import nn
 
@@ -13,6 +12,7 @@ from sharetie.codebooks import decode_, stored_bits
 from sharetie.making import declared_ties, tie_
 from sharetie.pieces import PieceLookup, kmeans, piece_rate, quantize_pieces_
 from sharetie.results import set_seed
+from tied import Coder, Convs, Reused, Words
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -146,42 +146,7 @@ def test_moments_of_nothing_are_no_moments():
     torch.testing.assert_close(plain[0].weight, moved[0].weight)
 
 
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-    def forward(self, x): return self.head(self.embedding(x).tanh())
-
-
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(6, 6)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(6, 5)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-@pytest.mark.parametrize("build, x", [(Words, torch.arange(4)), (Reused, torch.randn(3, 6)), (Convs, torch.randn(1, 4, 4, 4)), (Coder, torch.randn(2, 6))])
+@pytest.mark.parametrize("build, x", [(Words, torch.arange(4)), (lambda: Reused(6), torch.randn(3, 6)), (lambda: Convs(4), torch.randn(1, 4, 4, 4)), (Coder, torch.randn(2, 6))])
 @pytest.mark.parametrize("books", ["positions", "layer"])
 def test_tied_models_are_cut_once_and_stay_tied(build, x, books):
     set_seed(1)

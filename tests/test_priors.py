@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import distributions, nn
 
 from sharetie.checking import check_ties
@@ -13,6 +12,7 @@ from sharetie.making import declared_ties, tie_
 from sharetie.priors import (HyperPriors, Mixture, MixturePrior, assign_, components, merge_components, mixture_cost, mixture_groups, responsibilities)
 from sharetie.results import set_seed
 from sharetie.train import fit
+from tied import TIED, Words
 
 NONE = HyperPriors(None, None)
 
@@ -129,42 +129,7 @@ def test_merging_keeps_mass_mean_and_variance():
     assert merge_components(mix, 1e9).means.tolist() == [0]
 
 
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-    def forward(self, x): return self.head(self.embedding(x).tanh())
-
-
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(5, 5)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(6, 3)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-@pytest.mark.parametrize("build, x", [(Words, torch.arange(4)), (Reused, torch.randn(3, 5)), (Convs, torch.randn(1, 2, 4, 4)), (Coder, torch.randn(2, 6))])
+@pytest.mark.parametrize("build, x", TIED)
 def test_tied_models_are_one_weight_and_stay_tied(build, x):
     set_seed(1)
     model = build()

@@ -13,60 +13,14 @@ from sharetie.checking import check_ties
 from sharetie.embeddings import ScaledEmbedding
 from sharetie.factors import factorize_
 from sharetie.finding import find_ties
-from sharetie.making import declared_ties, tie_
+from sharetie.making import declared_ties
 from sharetie.masks import prune_
 from sharetie.quantization import (FakeQuantize, QuantizedConv, QuantizedEmbedding, QuantizedLinear, QuantizedWeight, convert_, dequantize, pack_int4,
                                    prepare_, quantize, quantize_, quantized_weights, stored_bytes, unpack_int4)
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
 from sharetie.transformer import CharacterModel
-from sharetie.views import Transpose
-
-
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self, kind=nn.Embedding, declared=True):
-        super().__init__()
-        self.table, self.body, self.head = kind(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
-        if declared: tie_(self, ["table.weight", "head.weight"])
-        else: self.head.weight = self.table.weight
-    def forward(self, x): return self.head(self.body(self.table(x)).tanh())
-
-
-class Reused(nn.Module):
-    "One module under two names."
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Linear(6, 6)
-        self.b = self.a
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one Parameter, with other strides."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, stride=2, padding=1, bias=False)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu())
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose, as no layer knows."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(6, 4)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-def autoencoder():
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6))
-    tie_(model, ["0.weight", "2.weight"], map=Transpose())
-    return model
-
-
-TIED = {"words": (Words, torch.arange(4), 2), "scaled": (lambda: Words(ScaledEmbedding), torch.arange(4), 2), "undeclared": (lambda: Words(declared=False), torch.arange(4), 2),
-        "reused": (Reused, torch.randn(3, 6), 1), "convs": (Convs, torch.randn(1, 6, 5, 5), 1), "coder": (Coder, torch.randn(2, 6), 1), "autoencoder": (autoencoder, torch.randn(2, 6), 1)}
+from tied import TIED_LAYERS, Speaker, autoencoder
 
 
 def by_hand(model, bits, size):
@@ -79,10 +33,10 @@ def by_hand(model, bits, size):
 
 
 @pytest.mark.parametrize("bits, size", [(8, None), (4, 3), (4, None), (3, 4)])
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name", TIED_LAYERS)
 def test_tied_weights_are_quantized_once_and_stay_tied(name, bits, size, tmp_path):
     set_seed(1)
-    build, x, count = TIED[name]
+    build, x, count = TIED_LAYERS[name]
     model = build()
     wanted, before = by_hand(model, bits, size), stored_bytes(model)
     biases = [p for p in model.parameters() if p.ndim == 1]
@@ -107,7 +61,7 @@ def test_tied_weights_are_quantized_once_and_stay_tied(name, bits, size, tmp_pat
 
 def test_a_tied_table_is_one_module_under_two_names_and_one_entry_of_a_file(tmp_path):
     from safetensors import safe_open
-    model = keep_ties(Words())
+    model = keep_ties(Speaker())
     quantize_(model, 8, names="head")
     assert model.table.quantized is model.head.quantized
     assert find_ties(model)["head.quantized.codes"].names == ("table.quantized.codes", "head.quantized.codes")
@@ -241,7 +195,7 @@ def test_products_can_be_quantized():
     before = model(x)
     quantize_(model, 8)
     torch.testing.assert_close(model(x), before, atol=.05, rtol=.05)
-    words = factorize_(Words(), rank=4)
+    words = factorize_(Speaker(), rank=4)
     before = words(torch.arange(3))
     quantize_(words, 8)
     torch.testing.assert_close(words(torch.arange(3)), before, atol=.1, rtol=.1)
@@ -256,17 +210,17 @@ def test_compiles():
 
 
 def test_under_autocast():
-    model = quantize_(Words(), 8)
+    model = quantize_(Speaker(), 8)
     with torch.autocast("cpu", dtype=torch.bfloat16): assert model(torch.arange(3)).dtype == torch.bfloat16
 
 
 # Training for the grid
 
 @pytest.mark.parametrize("bits, size", [(8, None), (3, 4)])
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize("name", TIED_LAYERS)
 def test_prepared_models_train_and_convert_bit_by_bit(name, bits, size):
     set_seed(1)
-    build, x, count = TIED[name]
+    build, x, count = TIED_LAYERS[name]
     model = build()
     held = [*map(id, model.parameters())]
     wanted = by_hand(model, bits, size)
@@ -303,7 +257,7 @@ def test_several_grids_convert_each_to_its_own():
 
 
 def test_declared_ties_come_back_with_their_names():
-    model = Words()
+    model = Speaker()
     prepare_(model, 8)
     assert declared_ties(model)[0].names == ("table.parametrizations.weight.original", "head.parametrizations.weight.original")
     model = autoencoder()
@@ -400,7 +354,7 @@ def test_bad_tensors(call, error, message):
 
 @pytest.mark.gpu
 def test_gpu_equals_cpu():
-    model, x = Words(), torch.arange(4)
+    model, x = Speaker(), torch.arange(4)
     for bits, size in ((8, None), (4, 3)):
         here, there = quantize_(copy.deepcopy(model), bits, size), quantize_(copy.deepcopy(model).cuda(), bits, size)
         assert torch.equal(here.head.quantized.codes, there.head.quantized.codes.cpu()) and there.table.quantized is there.head.quantized
