@@ -198,14 +198,22 @@ class Round:
 
     @torch.no_grad()
     def __call__(self, run):
-        kind = getattr(torch, self.dtype)
-        for name, form in run.forms.items():
-            run.forms[name] = form._replace(scales=form.scales.to(kind).to(form.scales.dtype))
-            run.model.get_parameter(name).copy_(run.forms[name].values())
+        quantized = {name: run.model.get_parameter(name) for name in run.forms}
+        for name, p in quantized.items():
+            form = run.forms[name]
+            run.forms[name] = form._replace(scales=self.rounded(form.scales, f"the scales of {name}"))
+            p.copy_(run.forms[name].values())
+        done = {id(p) for p in quantized.values()}  # a tied one has several names
         for name, p in run.model.named_parameters():
-            if name in run.forms or not p.is_floating_point() or p.element_size() <= 2: continue
-            need(bool((p.abs() <= torch.finfo(kind).max).all()), name, f"numbers that {self.dtype} has", p.abs().max().item())
-            p.copy_(p.to(kind))
+            if id(p) not in done and p.is_floating_point(): p.copy_(self.rounded(p, name))
+
+    def rounded(self, numbers, name):
+        "Numbers with the digits that a type of 16 bits has, in their own type."
+        kind = getattr(torch, self.dtype)
+        if numbers.element_size() <= kind.itemsize: return numbers
+        fine = bool((numbers.abs() <= torch.finfo(kind).max).all())
+        need(fine, name, f"numbers that {self.dtype} has", numbers.abs().max().item())
+        return numbers.to(kind).to(numbers.dtype)
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,7 @@ class Code:
 
 # %% ../nbs/42_recipes.ipynb #06ec428a
 STAGES = {"prune": Prune, "tune": Tune, "cluster": Cluster, "quantize": Quantize, "round": Round, "code": Code}
+_LAST = Quantize, Round, Code  # after them nothing trains, and no weight gets other values
 
 
 def read_recipe(
@@ -231,8 +240,10 @@ def read_recipe(
     need(rows, "recipe", "at least one stage", recipe)
     stages = [_stage(row, f"recipe[{i}]") for i, row in enumerate(rows)]
     for i, (before, after) in enumerate(zip(stages, stages[1:])):
-        late = isinstance(before, (Quantize, Round, Code)) and not isinstance(after, (Round, Code, Quantize))
-        need(not late, f"recipe[{i + 1}]", f"no {rows[i + 1]['stage']!r} after {rows[i]['stage']!r}, which it would undo,", rows[i + 1])
+        trains = isinstance(after, Quantize) and after.epochs > 0
+        late = isinstance(before, _LAST) and (trains or not isinstance(after, _LAST))
+        what = f"{rows[i + 1]['stage']!r}{' with epochs' * trains}"
+        need(not late, f"recipe[{i + 1}]", f"no {what} after {rows[i]['stage']!r}, which it would undo,", rows[i + 1])
     return stages
 
 

@@ -114,6 +114,70 @@ def test_across_is_one_codebook_also_while_it_trains():
     assert len(values.unique()) == 6 and run.clustered == [["0.weight", "2.weight"]]
 
 
+class Mirror(nn.Module):
+    "A tied autoencoder whose computed weight comes before its source."
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(12, 6), nn.Linear(6, 12)
+        tie_(self, ["decoder.weight", "encoder.weight"], map=Transpose())
+    def forward(self, x): return self.decoder(self.encoder(x).tanh())
+
+
+class Steps(nn.Module):
+    "Convolutions in groups, a BatchNorm, and a half of the weights frozen."
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.head = nn.Conv1d(4, 8, 3, groups=2), nn.BatchNorm1d(8), nn.Conv1d(8, 6, 1), nn.Linear(6, 3)
+        self.a.requires_grad_(False)
+    def forward(self, x): return self.head(self.b(self.norm(self.a(x.unflatten(1, (4, 3)))).relu()).mean(-1))
+
+
+MEASURED = {"mirror": (Mirror, 12), "steps": (Steps, 3), "words": (words, None)}
+SCALES = [{"stage": "prune", "sparsity": .3}, {"stage": "tune", "epochs": 1}, {"stage": "quantize", "bits": 4, "epochs": 1},
+          {"stage": "round"}, {"stage": "code"}]
+
+
+@pytest.mark.parametrize("recipe", [CLUSTERED, SCALES, QUANTIZED], ids=["clustered", "scales", "quantized"])
+@pytest.mark.parametrize("kind", MEASURED)
+def test_the_file_is_what_was_measured(kind, recipe, tmp_path):
+    if kind == "mirror" and recipe is not QUANTIZED: pytest.skip("a mapped tie is not clustered, and not trained on a grid once it is masked")
+    build, width = MEASURED[kind]
+    set_seed(0)
+    model, x = build(), torch.randn(40, 12) if width else torch.randint(30, (40,))
+    y, loss = (x, F.mse_loss) if kind == "mirror" else (torch.randint(width or 30, (40,)), F.cross_entropy)
+    outputs, before = [], copy.deepcopy(model.state_dict())
+    def watched(output, y):
+        outputs.append(output.clone())
+        return loss(output, y)
+    compress(model, (x, y), loss, recipe, tmp_path / "a", test=(x, y), metrics={"loss": watched})
+    fresh = build()
+    load_model(fresh, Archive(tmp_path / "a"))
+    assert torch.equal(fresh.eval()(x), outputs[-1])
+    assert model.training and all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_is_held_for_training_is_what_was_there(dtype):
+    run = _Run(nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 9)).to(dtype))
+    with torch.no_grad(): run.model[0].weight.mul_(torch.logspace(-6, 2, 40)[:, None])
+    Prune({"0.weight": .4})(run)
+    Cluster(37)(run)
+    before = copy.deepcopy(run.model.state_dict())
+    run.hold()
+    for name, weight in before.items(): assert torch.equal(getattr(run.model[int(name[0])], name[2:]), weight)
+
+
+def test_scales_beyond_sixteen_bits_are_refused():
+    run = _Run(nn.Sequential(nn.Linear(4, 4)))
+    with torch.no_grad(): run.model[0].weight.mul_(1e9)
+    Quantize(bits=4)(run)
+    before = run.model[0].weight.clone()
+    with pytest.raises(ValueError, match="the scales of 0.weight: numbers that float16 has"): Round()(run)
+    assert torch.equal(run.model[0].weight, before)
+    Round("bfloat16")(run)
+    assert torch.equal(run.forms["0.weight"].values(), run.model[0].weight)
+
+
 def test_masks_that_a_model_has_are_kept(tmp_path):
     model = mlp()
     prune_(model, magnitude(model), .7)
@@ -203,6 +267,8 @@ def test_loaders_train_too(tmp_path):
     ([{"stage": "round", "dtype": "int8"}], ValueError, "dtype"),
     ([{"stage": "code"}, {"stage": "tune", "epochs": 1}], ValueError, r"recipe\[1\]: no 'tune' after 'code'"),
     ([{"stage": "quantize"}, {"stage": "cluster", "k": 2}], ValueError, "no 'cluster' after 'quantize'"),
+    ([{"stage": "round"}, {"stage": "quantize", "epochs": 1}], ValueError, r"recipe\[1\]: no 'quantize' with epochs after 'round'"),
+    ([{"stage": "quantize", "names": "0.weight"}, {"stage": "code"}, {"stage": "quantize", "epochs": 1}], ValueError, r"recipe\[2\]: no 'quantize' with"),
     ([{"stage": "tune", "epochs": 1}], ValueError, "data and a loss"),
     ([{"stage": "cluster", "k": 500}], ValueError, "at most 160, the number of distinct values"),
     ([{"stage": "prune", "sparsity": .5, "names": "9.weight"}], ValueError, "matches none"),
