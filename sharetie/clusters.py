@@ -206,13 +206,15 @@ class Clusters(NamedTuple):
     error: float      # weighted sum of squares of what is lost, before the codebook is rounded to that type
 
 
-def _check(values, k, weights, init, bins):
+def _check(values, k, weights, init, bins, generator):
     "Raise at arguments that make no sense."
     tensor(values, "values", floating=True, filled=True, finite=True)
     whole(k, "k", 1)
     if isinstance(init, Tensor): tensor(init, "init", floating=True, shape=(k,), finite=True)
     else: one_of(init, "init", ["optimal", "linear", "density", "forgy", "root"])
     if bins is not None: whole(bins, "bins", 2)
+    drawn = generator is None or isinstance(generator, torch.Generator)
+    need(drawn, "generator", "a torch.Generator", type(generator), TypeError)
     if weights is None: return
     tensor(weights, "weights", floating=True, shape=tuple(values.shape), finite=True)
     need(weights.device == values.device, "weights", f"a tensor on {values.device}", str(weights.device))
@@ -228,6 +230,12 @@ def _codes(data, values, centers, edges):
     return torch.bucketize(values, firsts, right=True)
 
 
+def _within(ascending, edges, means):
+    "Means that rounding does not move out of their groups: a value that is alone is its own."
+    first, last = ascending[edges[:-1].clamp(max=len(ascending) - 1)], ascending[(edges[1:] - 1).clamp(min=0)]
+    return torch.where(edges.diff() > 0, means.clamp(first, last), means)
+
+
 @torch.no_grad()
 def kmeans_1d(
     values: Tensor,  # floating point, of any shape
@@ -241,7 +249,7 @@ def kmeans_1d(
 
     Raises TypeError or ValueError for other values than finite ones, and for fewer distinct ones than k.
     Sources: Wang and Song 2011, Grønlund et al. 2017 (search), Lloyd 1982, Han et al. 2016 (starts)."""
-    _check(values, k, weights, init, bins)
+    _check(values, k, weights, init, bins, generator)
     data = _Sorted(values, weights)
     distinct = len(data.starts)
     need(k <= distinct, "k", f"a number of at most {distinct}, the number of distinct values,", k)
@@ -249,7 +257,8 @@ def kmeans_1d(
     elif init == "optimal": centers = _optimal(data, k, bins)
     else: centers = _lloyd(data, _start(data, k, init, generator))
     edges = _edges(data, centers)
+    centers = _within(data.v, edges, centers)
     off = data.v.sub_(centers.repeat_interleave(edges.diff())).square_()
     error = (off if weights is None else off.mul_(data.h)).sum() * data.scale**2
     codes = _codes(data, values.detach(), centers, edges)
-    return Clusters(codes, data.unscaled(centers).to(values.dtype), error.item())
+    return Clusters(codes, _within(data.plain, edges, data.unscaled(centers).to(values.dtype)), error.item())

@@ -90,6 +90,19 @@ def test_weights_are_repeats_and_zero_has_no_say():
     torch.testing.assert_close(kmeans_1d(values, 9, 1e-8 * times.double()).codebook, found.codebook)
 
 
+@pytest.mark.parametrize("start", ["optimal", *STARTS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_values_that_are_alone_stay_as_they_are(dtype, start):
+    set_seed(0)
+    distinct = torch.logspace(-5, 3, 40, dtype=torch.double).mul(torch.tensor([1., -1.]).repeat(20)).to(dtype).unique()
+    values = distinct[torch.randint(len(distinct), (300,))]
+    found = kmeans_1d(values, len(values.unique()), init=start)
+    if start in ("optimal", "forgy"): assert torch.equal(found.codebook[found.codes], values)
+    for g in found.codes.unique():
+        group = values[found.codes == g]
+        assert group.min() <= found.codebook[g] <= group.max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_types_and_shapes(dtype):
     values = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
@@ -127,6 +140,7 @@ def test_gpu_equals_cpu():
     ((torch.rand(5), 2, None, "forgi"), ValueError, "did you mean 'forgy'"),
     ((torch.rand(5), 2, None, torch.zeros(3)), ValueError, "init: "),
     ((torch.rand(5), 2, None, "optimal", 1), ValueError, "bins: "),
+    ((torch.rand(5), 2, None, "forgy", None, 3), TypeError, "generator: a torch.Generator is expected, got int"),
 ])
 def test_refuses(arguments, error, text):
     with pytest.raises(error, match=text): kmeans_1d(*arguments)
