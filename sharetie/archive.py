@@ -27,7 +27,7 @@ from .checkpoint import CODES, Checkpoint, Entry, _Held, _open_safetensors, chec
 from .checkpoint import raw_bytes, write_tensors
 from .codebooks import _lookups, decode_
 from .coding import _cost, _number, _read_number, _skipped, _table, from_gaps, from_stream, to_gaps, to_stream
-from .errors import need, tensor
+from .errors import need, tensor, whole
 from .masks import make_permanent_
 from .quantization import dequantize
 from .saving import _contents
@@ -56,7 +56,7 @@ def _read_numbers(data, dtype):
     return data[1:].clone().view(kind).to(dtype)
 
 # %% ../nbs/42_archive.ipynb #24a2d4f5
-def _block(stream): return _number(len(stream)) + bytes(stream.tolist())
+def _block(stream): return _number(len(stream)) + stream.numpy().tobytes()
 
 
 def _best(streams): return min(streams, key=len)
@@ -95,6 +95,16 @@ class Scaled(NamedTuple):
         return dequantize(*self)
 
 
+def _check_scaled(value):
+    "Raise unless codes, scales and the size of groups fit, and codes are few enough for a stream."
+    codes = tensor(value.codes, "value.codes", floating=False, filled=True)
+    rows, n = (len(codes), codes[0].numel()) if codes.ndim > 1 else (1, codes.numel())
+    size = whole(value.group_size, "value.group_size", 1)
+    tensor(value.scales, "value.scales", floating=True, shape=(rows, -(-n // size)))
+    low, high = int(codes.min()), int(codes.max())
+    need(max(high, 0) - min(low, 0) < 2**16, "value.codes", "at most 65536 numbers, with 0 among them,", [low, high])
+
+
 def _scaled(codes, value, entropy):
     "Kind, lowest, size of groups, codes and numbers of flat whole numbers with scales."
     low = min(0, int(codes.min())) if len(codes) else 0
@@ -108,9 +118,10 @@ def to_record(
     entropy: bool = True,  # are streams coded by frequency? if not, in whole bits
 ) -> Tensor:  # (m,), uint8
     """A tensor as bytes: all entries or those that are not zero, by rows or columns, as codes or as they are;
-    whatever is shortest. Raises TypeError for tensors of other types."""
+    whatever is shortest. Raises TypeError for tensors of other types, ValueError for codes and scales that do not fit."""
     scaled = isinstance(value, Scaled)
-    numbers = tensor(value.codes if scaled else value, "value", floating=False if scaled else None).detach().cpu()
+    if scaled: _check_scaled(value)
+    numbers = tensor(value.codes if scaled else value, "value").detach().cpu()
     need(scaled or numbers.dtype in _KINDS, "value", "a tensor of floating point numbers or bytes", numbers, TypeError)
 
     def content(flat): return _scaled(flat, value, entropy) if scaled else _values(flat, entropy)

@@ -1,10 +1,15 @@
 "Compressed files: bit for bit, the same bytes, ties, sizes that add up, and whatever is damaged, foreign or in the way refused."
 import copy
+import itertools
 import json
+import math
 import os
+import struct
 import subprocess
 import sys
 
+import constriction
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,6 +155,101 @@ def test_whole_numbers_with_scales(tmp_path, shape, size, q):
     assert torch.equal(again.codes, codes.int()) and torch.equal(again.scales, form.scales) and again.group_size == size
     assert torch.equal(file["w"], form.values()) and file.entries["w"].shape == shape
     assert file.report().loc["all", "bytes"] == os.path.getsize(tmp_path / "a")
+
+
+@pytest.mark.parametrize("codes, scales, size, error, words", [
+    (torch.zeros(2, 6).int(), torch.ones(2, 1), 3, ValueError, r"value.scales: a tensor of shape \(2, 2\)"),
+    (torch.zeros(2, 6).int(), torch.ones(1, 1), 6, ValueError, r"value.scales: a tensor of shape \(2, 1\)"),
+    (torch.zeros(2, 6).int(), torch.ones(2, 1), 0, ValueError, "value.group_size: a whole number of at least 1"),
+    (torch.zeros(2, 6).int(), torch.ones(2, 1).int(), 6, TypeError, "value.scales: a floating point tensor"),
+    (torch.zeros(2, 6), torch.ones(2, 1), 6, TypeError, "value.codes: a tensor of whole numbers"),
+    (torch.zeros(2, 0).int(), torch.ones(2, 0), 6, ValueError, "value.codes: a tensor with at least one element"),
+    (torch.tensor([[-1, 65535]]), torch.ones(1, 1), 2, ValueError, r"value.codes: at most 65536 numbers.*\[-1, 65535\]"),
+])
+def test_codes_and_scales_that_do_not_fit_are_not_written(tmp_path, codes, scales, size, error, words):
+    with pytest.raises(error, match=words): write_archive(tmp_path / "a", {"w": Scaled(codes, scales, size)})
+    assert not [*tmp_path.iterdir()]
+
+
+KINDS = [np.float16, None, np.float32, np.float64, np.int8, np.uint8]
+
+
+def by_the_book(path):
+    "The tensors of a file, read as the text says it, with NumPy and the coder alone; those that are no records as they are."
+    data = path.read_bytes()
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    described, found = json.loads(header.pop("__metadata__")["sharetie.archive"])["tensors"], {}
+    for name, entry in header.items():
+        a, b = entry["data_offsets"]
+        held = data[start + a : start + b]
+        if name in described:
+            code, _, shape = described[name].partition(" ")
+            shape = tuple(map(int, shape.split("x"))) if shape else ()
+        else: code, shape = entry["dtype"], tuple(entry["shape"])
+        kind = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I8": np.int8, "U8": np.uint8, "I64": np.int64}[code]
+        found[name] = one_record(held, shape, kind) if name in described else np.frombuffer(held, kind).reshape(shape)
+    return found
+
+
+def one_number(data):
+    value = 0
+    for i in itertools.count():
+        value |= (data[0] & 127) << 7 * i
+        data, more = data[1:], data[0] & 128
+        if not more: return value, data
+
+
+def one_stream(data):
+    width, data = data[0], data[1:]
+    n, data = one_number(data)
+    k, data = one_number(data)
+    table, data = np.frombuffer(data[: k * width // 8], f"<u{width // 8}") if width else np.ones(k), data[k * width // 8 :]
+    if k == 1: return np.zeros(n, int)
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(data[4:], "<u4").astype(np.uint32))
+    return coder.decode(constriction.stream.model.Categorical(table.astype(np.float32), perfect=False), n)
+
+
+def one_record(data, shape, kind):
+    order, data = data[0], data[1:]
+    turned = (math.prod(shape[1:]), shape[0]) if order == 2 else shape
+    there = np.arange(math.prod(shape))
+    if order:
+        bits, (length, data), at, there = data[0], one_number(data[1:]), -1, []
+        for gap in one_stream(data[:length]):
+            at += gap + (gap != 2**bits - 1)
+            if gap != 2**bits - 1: there.append(at)
+        data = data[length:]
+    form, data = data[0], data[1:]
+    if form == 2:
+        lifted, data = one_number(data)
+        size, data = one_number(data)
+    if form:
+        length, data = one_number(data)
+        codes, data = one_stream(data[:length]), data[length:]
+    numbers = np.frombuffer(data[1:], KINDS[data[0]]).astype(kind)
+    values = np.zeros(math.prod(shape), kind if form < 2 else int)
+    values[there] = numbers if form == 0 else numbers[codes] if form == 1 else codes - lifted
+    values = values.reshape(turned).T.reshape(shape) if order == 2 else values.reshape(shape)
+    if form < 2: return values
+    rows = values.reshape(len(values) if len(shape) > 1 else 1, -1)
+    scales = numbers.reshape(len(rows), -1).repeat(size, 1)[:, : rows.shape[1]]
+    return (rows * scales).astype(kind).reshape(shape)
+
+
+def test_a_file_can_be_read_by_the_text_alone(tmp_path):
+    values = {name: v for name, v in odd_values() if v.dtype not in (torch.bfloat16, torch.complex64, torch.bool)}
+    draw = torch.Generator().manual_seed(0)
+    for name, size, q in (("scaled", 4, 1.), ("scaled, sparse", 10, .1)):
+        codes = torch.randint(-7, 8, (20, 10), generator=draw) * (torch.rand(20, 10, generator=draw) < q)
+        values[name] = Scaled(codes, torch.rand(20, -(-10 // size), generator=draw), size)
+    for entropy in (True, False):
+        write_archive(tmp_path / "a", values, {"who": "me"}, entropy, force=True)
+        read = by_the_book(tmp_path / "a")
+        assert {*read} == {*values}
+        for name, value in values.items():
+            value = value.values() if isinstance(value, Scaled) else value
+            assert read[name].tobytes() == value.contiguous().numpy().tobytes(), name
 
 
 def small(folder):
