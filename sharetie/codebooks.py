@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from .binding import _Whole
 from .clusters import kmeans_1d
 from .errors import match_names, need, one_of, tensor, whole
-from .finding import module_paths, places
+from .finding import _need_shapes, module_paths, places
 from .making import _changeable, _copyable
 from .masks import _inner, _redeclare
 
@@ -68,6 +68,9 @@ class Lookup(nn.Module):
 def _chosen(model, names):
     "The distinct parameters that names match, with all of their places."
     found = {name: p for name, p in places(model).items() if p.kind == "parameter"}
+    _need_shapes(model)
+    fine = names is None or isinstance(names, (str, Iterable)) and not isinstance(names, Tensor)
+    need(fine, "names", "a list of names or patterns", names, TypeError)
     if names is None: names = [name for name, p in found.items() if p.tensor.ndim > 1]
     else: names = [hit for n in ([names] if isinstance(names, str) else names) for hit in match_names(found, n, "names")]
     need(len(names) > 0, "names", "at least one weight", names)
@@ -90,6 +93,7 @@ def _check_place(place):
     need(not computed, "names", "weights that nothing is computed from", place.name)
     expected = "no weights of nn.RNNBase, which would not see computed ones,"
     need(not isinstance(place.owner, nn.RNNBase), "names", expected, place.name)
+    need(not place.tensor.is_meta, place.name, "a weight with values", "one of the meta device")
     tensor(place.tensor, place.name, floating=True, filled=True, finite=True)
 
 # %% ../nbs/42_codebooks.ipynb #57e9eec2

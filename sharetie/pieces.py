@@ -149,7 +149,9 @@ def _roots(moments, m, width, books):
     g = moments.double().unflatten(0, (m, width)).unflatten(2, (m, width)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     if books == "layer": g = g.mean(0, keepdim=True)
     ridge = g.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.double).tiny) * 1e-6
-    return torch.linalg.cholesky(g + ridge[:, None, None] * torch.eye(width, dtype=g.dtype, device=g.device))
+    roots, failed = torch.linalg.cholesky_ex(g + ridge[:, None, None] * torch.eye(width, dtype=g.dtype, device=g.device))
+    if failed.any(): need(False, "moments", "a matrix with eigenvalues of at least 0", torch.linalg.eigvalsh(g).min().item())
+    return roots
 
 
 def _cut(weight, k, width, books, moments, iterations, generator):

@@ -257,6 +257,7 @@ def assign_(
     model, weights, zero = prior._model[0], prior.weights(), prior.zero is not None
     _changeable(model)
     for group, w in zip(prior._groups, weights): tensor(w, group[0].name, finite=True)
+    for t in components(prior): tensor(t, "prior", finite=True)
     mixture = merge_components(components(prior), threshold, zero)
     owners = [_most_responsible(w, mixture) for w in weights]
     table, used = _entries(torch.cat([o.flatten() for o in owners]), mixture.means, zero)

@@ -7,7 +7,10 @@ from torch import nn
 
 from sharetie.clusters import kmeans_1d
 from sharetie.codebooks import Lookup, cluster_, code_bits, compression_rate, decode_, stored_bits
+from sharetie.hashing import hash_
 from sharetie.masks import _inner
+from sharetie.pieces import quantize_pieces_
+from sharetie.priors import MixturePrior
 from sharetie.results import set_seed
 from sharetie.ties import check_ties, declared_ties, load_model, save_model
 from sharetie.transformer import CharacterModel
@@ -149,6 +152,16 @@ def test_refuses_nan_and_no_model():
     for call in (lambda: cluster_(3, 2), lambda: decode_(3), lambda: stored_bits(3)):
         with pytest.raises(TypeError, match="a module"): call()
     with pytest.raises(ValueError, match="look-ups"): decode_(mlp())
+
+
+@pytest.mark.parametrize("call", [lambda m, n: cluster_(m, 2, n), lambda m, n: hash_(m, 2, n), lambda m, n: quantize_pieces_(m, 2, 1, n),
+                                  lambda m, n: MixturePrior(m, 2, n)])
+def test_names_and_weights_that_are_none(call):
+    for names in (3, torch.ones(2)):
+        with pytest.raises(TypeError, match="names: a list of names or patterns is expected"): call(mlp(), names)
+    with pytest.raises(ValueError, match="0.weight: a weight with values is expected, got 'one of the meta device'"): call(mlp().to("meta"), None)
+    with pytest.raises(ValueError, match="0.weight: a tensor with a shape is expected, got one of a lazy module"):
+        call(nn.Sequential(nn.LazyLinear(3)), None)
 
 
 @pytest.mark.parametrize("scope", ["layer", "across"])

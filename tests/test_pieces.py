@@ -194,6 +194,7 @@ def nan():
     (mlp, dict(k=2, width=2, moments={"0.weight": torch.eye(8)}), ValueError, "2.weight"),
     (mlp, dict(k=2, width=2, moments={"0.weight": torch.eye(7)}), ValueError, "shape"),
     (mlp, dict(k=2, width=2, iterations=-1), ValueError, "iterations: "),
+    (mlp, dict(k=2, width=2, names="0.weight", moments={"0.weight": -torch.eye(8)}), ValueError, "0.weight: moments: a matrix with eigenvalues of at least 0 is expected, got -1.0"),
     (nan, dict(k=2, width=2), ValueError, "2.weight"),
     (lambda: nn.LSTM(2, 2), dict(k=2, width=2), ValueError, "RNNBase"),
     (lambda: nn.Linear(4, 4, bias=False).requires_grad_(False), dict(k=5, width=2), ValueError, "at most 4"),

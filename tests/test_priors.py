@@ -242,6 +242,17 @@ def test_weights_that_became_nan_are_refused_and_stay():
     assert not nn.utils.parametrize.is_parametrized(model[0]) and not nn.utils.parametrize.is_parametrized(model[2])
 
 
+def test_a_mixture_that_became_nan_is_refused():
+    model = net()
+    prior = MixturePrior(model, 3)
+    for p in prior.parameters():
+        before = p.detach().clone()
+        with torch.no_grad(): p[0] = torch.nan
+        with pytest.raises(ValueError, match="prior: finite numbers are expected"): assign_(prior)
+        with torch.no_grad(): p.copy_(before)
+    assert not nn.utils.parametrize.is_parametrized(model[0]) and assign_(prior) is model
+
+
 def test_declared_ties_follow():
     model = Words()
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
