@@ -127,9 +127,9 @@ class QuantizedWeight(nn.Module):
     def rows(self,
         index: Tensor,  # whole numbers, of any shape
     ) -> Tensor:  # (*index, width)
-        "Some rows of the weight; no others are computed."
-        codes = self._rows(self.codes[index])
-        return codes * _spread(self.scales[index], self.group_size, codes.shape[-1])
+        "Some rows of the weight; no others are computed. Raises as `nn.Embedding` does."
+        codes = self._rows(F.embedding(index, self.codes))
+        return codes * _spread(F.embedding(index, self.scales), self.group_size, codes.shape[-1])
 
     def extra_repr(self): return f"{'×'.join(map(str, self.shape))}, bits={self.bits}, group_size={self.group_size}"
 

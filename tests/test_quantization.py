@@ -166,6 +166,14 @@ def test_embeddings_look_rows_up(kind):
             torch.testing.assert_close(small(index), by_hand(model, bits, size)(index))
 
 
+@pytest.mark.parametrize("index, error", [(torch.tensor([-1]), IndexError), (torch.tensor([30]), IndexError), (torch.ones(30, dtype=torch.bool), RuntimeError),
+                                          (torch.ones(30, dtype=torch.uint8), RuntimeError), (torch.tensor([1.]), RuntimeError)])
+def test_embeddings_refuse_what_plain_ones_refuse(index, error):
+    model = nn.Sequential(nn.Embedding(30, 5))
+    for layers in (model, quantize_(copy.deepcopy(model), 8), quantize_(copy.deepcopy(model), 4, 2)):
+        with pytest.raises(error): layers(index)
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1, "dilation": 2}, {"padding": "same", "padding_mode": "reflect"}, {"padding": (1, 0), "padding_mode": "circular", "bias": False}, {"groups": 2}], ids=str)
 def test_convolutions(options):
     set_seed(0)
