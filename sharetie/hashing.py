@@ -62,6 +62,7 @@ def buckets(
 
     Raises TypeError or ValueError for numbers out of range. Source: Chen et al. 2015, equations 3 and 7."""
     whole(k, "k", 1, 2**30), whole(seed, "seed", 0, _MASK - 1)
+    if torch.empty(0, device=device).is_meta: return torch.empty(shape, dtype=torch.int, device="meta")
     height, width = shape[0], math.prod(shape[1:])
     columns, parts = torch.arange(width, device=device), []
     for rows in torch.arange(height, device=device)[:, None].split(max(1, _CHUNK // max(width, 1))):
@@ -89,9 +90,11 @@ class Hashed(Map):
 
     def _load_from_state_dict(self, state, prefix, *rest):
         super()._load_from_state_dict(state, prefix, *rest)
-        self.index = buckets(self.shape, self.k, int(self.seed), self.index.device)
+        if not self.seed.is_meta: self.index = buckets(self.shape, self.k, int(self.seed), self.seed.device)
 
-    def extra_repr(self): return f"{math.prod(self.shape)} from {self.k}, seed={int(self.seed)}"
+    def extra_repr(self):
+        seed = "not there yet" if self.seed.is_meta else int(self.seed)
+        return f"{math.prod(self.shape)} from {self.k}, seed={seed}"
 
 # %% ../nbs/42_hashing.ipynb #fd23550d
 class HashedLinear(nn.Module):

@@ -93,6 +93,16 @@ def test_state_holds_numbers_and_seed_and_brings_its_hash():
     assert sum(t.numel() for t in a.state_dict().values()) == 9 + 6 + 1
 
 
+def test_a_layer_without_memory_is_filled_from_a_state():
+    layer, x = HashedLinear(8, 6, 9, seed=5), torch.randn(3, 8)
+    for assign in (False, True):
+        with torch.device("meta"): empty = HashedLinear(8, 6, 9)
+        assert empty.weight.is_meta and "not there yet" in repr(empty) and "seed=5" in repr(layer)
+        if not assign: empty.to_empty(device="cpu")
+        empty.load_state_dict(layer.state_dict(), assign=assign)
+        assert torch.equal(empty(x), layer(x))
+
+
 def test_scale_is_that_of_the_used_inputs():
     set_seed(0)
     for k in (200, 40_000): assert .9 < HashedLinear(400, 100, k).weight.std() / 400 ** -.5 * 3 ** .5 < 1.1
