@@ -50,47 +50,45 @@ class _Sorted:
 def _cost(sums, a, b):
     "What is lost if the sorted values from a to b are one group."
     w, s, q = (t.take(b) - t.take(a) for t in sums)
-    return (q - s * s / w).clamp_(min=0)
+    return (q - s * s / w).clip(0)
 
 # %% ../nbs/42_clusters.ipynb #57b650c3
 def _segment_minima(cost, b, low, high):
     "For each b, the least cost among its range of a from low to high, and the first a that has it."
     length = high - low + 1
-    ends = length.cumsum(0)
-    segment = torch.repeat_interleave(torch.arange(len(b), device=b.device), length)
-    a = torch.arange(len(segment), device=b.device) + (low - ends + length)[segment]
-    found = cost(a, b[segment])
-    least = found.new_full((len(b),), torch.inf).scatter_reduce(0, segment, found, "amin")
-    a = torch.where(found == least[segment], a, torch.iinfo(a.dtype).max)
-    return least, high.scatter_reduce(0, segment, a, "amin", include_self=False)
+    starts = length.cumsum() - length
+    a = np.arange(length.sum()) + np.repeat(low - starts, length)
+    found = cost(a, np.repeat(b, length))
+    least = np.minimum.reduceat(found, starts)
+    hits = np.flatnonzero(found == np.repeat(least, length))
+    return least, a[hits[np.searchsorted(hits, starts)]]
 
 
 def _row(sums, best, g):
     "The next row of the recursion, for g + 1 groups: what is lost at least, and where the last group begins."
     n = len(best) - 1
-    least, begins = torch.full_like(best, torch.inf), torch.full_like(best, g, dtype=torch.long)
-    def cost(a, b): return best[a] + _cost(sums, a, b)
-    first = torch.tensor([g], device=best.device)  # g + 1 values in g + 1 groups: there is one way
-    least[g + 1] = cost(first, first + 1)[0]
+    least, begins = np.full(n + 1, np.inf), np.full(n + 1, g)
+    def cost(a, b): return best.take(a) + _cost(sums, a, b)
+    least[g + 1] = cost(g, g + 1)  # g + 1 values in g + 1 groups: there is one way
     for stride in (1 << p for p in reversed(range((n - g).bit_length()))):
-        b = torch.arange(g + 1 + stride, n + 1, 2 * stride, device=best.device)
+        b = np.arange(g + 1 + stride, n + 1, 2 * stride)
         if not len(b): continue
-        right = torch.where(b + stride <= n, begins[(b + stride).clamp(max=n)], n)
-        least[b], begins[b] = _segment_minima(cost, b, begins[b - stride], torch.minimum(right, b - 1))
+        right = np.where(b + stride <= n, begins[np.minimum(b + stride, n)], n)
+        least[b], begins[b] = _segment_minima(cost, b, begins[b - stride], np.minimum(right, b - 1))
     return least, begins
 
 # %% ../nbs/42_clusters.ipynb #c0f3b8fa
 def _best_edges(sums, k):
     "The edges (k + 1,) of the best cut into k groups of all that running sums run over."
-    n, begins = len(sums[0]) - 1, []
-    b = torch.arange(1, n + 1, device=sums[0].device)
-    best = torch.cat([sums[0].new_full((1,), torch.inf), _cost(sums, torch.zeros_like(b), b)])
+    device, sums = sums.device, sums.cpu().numpy()
+    n, begins = sums.shape[1] - 1, []
+    best = np.append(np.inf, _cost(sums, 0, np.arange(1, n + 1)))
     for g in range(1, k):
         best, row = _row(sums, best, g)
-        begins.append(row.int())
-    edges = [torch.tensor(n, device=b.device)]
-    for row in reversed(begins): edges.append(row[edges[-1]].long())
-    return torch.stack([*edges, torch.zeros_like(edges[0])][::-1])
+        begins.append(row.astype(np.int32))
+    edges = [n]
+    for row in reversed(begins): edges.append(int(row[edges[-1]]))
+    return torch.tensor([0, *reversed(edges)], device=device)
 
 # %% ../nbs/42_clusters.ipynb #9321ec16
 def _edges(data, centers):
