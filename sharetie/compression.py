@@ -184,10 +184,12 @@ def _task(text):
     "Model, data and loss, from a function that is named as module:function."
     module, _, name = text.partition(":")
     need(module and name, "--task", "module:function", text)
-    sys.path.insert(0, os.getcwd())
-    try: found = getattr(import_module(module), name)()
-    except (ImportError, AttributeError) as error: raise ValueError(f"--task: {text!r} cannot be imported ({error})") from error
-    finally: sys.path.remove(os.getcwd())
+    sys.path.insert(0, here := os.getcwd())
+    try:
+        try: make = getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error: raise ValueError(f"--task: {text!r} cannot be imported ({error})") from error
+        found = make()
+    finally: sys.path.remove(here)
     fine = isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], nn.Module)
     need(fine, "--task", "a function that returns model, data and loss", found, TypeError)
     return found

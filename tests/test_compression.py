@@ -324,6 +324,8 @@ def task():
     return nn.Sequential(nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 6)), (torch.randn(64, 8), torch.randint(6, (64,))), loss
 
 def wrong(): return 3
+
+def broken(): return None.nothing
 """
 
 
@@ -389,6 +391,11 @@ def test_errors_are_one_line_and_status_2(folder, words, line):
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2 and done.output.startswith("Error: ") and line in done.output, done.output
     assert len(done.output.splitlines()) == 1 and {p.name for p in folder.iterdir()} - {"__pycache__"} == before
+
+
+def test_an_error_in_a_task_is_its_own(folder):
+    done = CliRunner().invoke(main, ["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks:broken"])
+    assert isinstance(done.exception, AttributeError) and "nothing" in str(done.exception) and not os.path.exists("small")
 
 
 def test_usage_json_and_help(folder):
