@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from .binding import _Whole
 from .clusters import kmeans_1d
-from .errors import match_names, need, one_of, tensor, whole
+from .errors import match_names, need, one_of, tensor, warn, whole
 from .finding import _need_shapes, module_paths, places
 from .making import _changeable, _copyable
 from .masks import _inner, _redeclare
@@ -105,7 +105,8 @@ def _plan(groups, k, weights, init, zero, generator):
         h = torch.cat([next(weights[p.name] for p in g if p.name in weights).flatten() for g in groups])
     kept = values != 0 if zero else torch.ones_like(values, dtype=torch.bool)
     need(bool(kept.any()), "model", "a weight other than 0", groups[0][0].name)
-    found = kmeans_1d(values[kept], k, None if h is None else h[kept], init, generator=generator)
+    try: found = kmeans_1d(values[kept], k, None if h is None else h[kept], init, generator=generator)
+    except ValueError as error: raise ValueError(f"{groups[0][0].name}: {error}") from None
     codes = torch.full(values.shape, k, dtype=torch.long, device=values.device)
     codes[kept] = found.codes
     parts = codes.split([g[0].tensor.numel() for g in groups])
@@ -154,9 +155,18 @@ def cluster_(
 
 def _compute(model, plans):
     "Let parameters, in all of their places, be computed by a map from a source, all or none; declared ties follow."
+    for group, map, source in plans: _check_padding(group, map, source)
     with _Whole(model):
         for group, map, source in plans: _install(group, map, source)
         _redeclare(model, {place.name: _inner(place.name) for group, *_ in plans for place in group}, {})
+
+
+def _check_padding(group, map, source):
+    "Warn of an embedding whose row for padding was 0 and will be something else."
+    for place in group:
+        row = getattr(place.owner, "padding_idx", None)
+        if row is None or place.tensor[row].any() or not map(source)[row].any(): continue
+        warn(f"{place.name}: row {row} pads and was 0, which it will not be any more; name other weights to keep it")
 
 
 def _install(group, map, source):

@@ -10,7 +10,7 @@ from sharetie.codebooks import Lookup, cluster_, code_bits, compression_rate, de
 from sharetie.hashing import hash_
 from sharetie.masks import _inner
 from sharetie.pieces import quantize_pieces_
-from sharetie.priors import MixturePrior
+from sharetie.priors import MixturePrior, assign_
 from sharetie.results import set_seed
 from sharetie.ties import check_ties, declared_ties, load_model, save_model
 from sharetie.transformer import CharacterModel
@@ -123,7 +123,7 @@ class Rows(nn.Module):
 @pytest.mark.parametrize("build, options, error, text", [
     (mlp, dict(k=0), ValueError, "k: "),
     (mlp, dict(k=1000), ValueError, "number of distinct values"),
-    (mlp, dict(k=20), ValueError, "at most 18"),  # the second layer only, after the first was planned
+    (mlp, dict(k=20), ValueError, "2.weight: k: a number of at most 18"),  # the second layer only, after the first was planned
     (mlp, dict(k=2, names="9.weight"), ValueError, "matches none"),
     (mlp, dict(k=2, names=[]), ValueError, "at least one weight"),
     (mlp, dict(k=2, scope="model"), ValueError, "scope: "),
@@ -162,6 +162,18 @@ def test_names_and_weights_that_are_none(call):
     with pytest.raises(ValueError, match="0.weight: a weight with values is expected, got 'one of the meta device'"): call(mlp().to("meta"), None)
     with pytest.raises(ValueError, match="0.weight: a tensor with a shape is expected, got one of a lazy module"):
         call(nn.Sequential(nn.LazyLinear(3)), None)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("call, keeps", [(lambda m: cluster_(m, 3), False), (lambda m: cluster_(m, 3, zero=True), True), (lambda m: hash_(m, 4), False),
+                                         (lambda m: quantize_pieces_(m, 2, 2), False), (lambda m: assign_(MixturePrior(m, 3)), True)])
+def test_a_padding_row_that_is_lost_is_told(call, keeps):
+    set_seed(0)
+    model, pad = nn.Sequential(nn.Embedding(9, 4, padding_idx=2), nn.Linear(4, 3)), torch.tensor([2])
+    if keeps: call(model)
+    else:
+        with pytest.warns(UserWarning, match="0.weight: row 2 pads and was 0"): call(model)
+    assert model[0](pad).any() != keeps
 
 
 @pytest.mark.parametrize("scope", ["layer", "across"])
