@@ -120,6 +120,13 @@ def test_pieces_of_one_weight_are_a_codebook_of_values():
     assert len(model[0].weight.unique()) == 5 and piece_rate((40, 8), 5, 1, "layer") == 320 * 32 / (320 * 3 + 5 * 32)
 
 
+@pytest.mark.parametrize("books", ["positions", "layer"])
+@pytest.mark.parametrize("k, width", [(2, 1), (5, 2), (12, 4)])
+def test_the_rate_is_that_of_a_layer(books, k, width):
+    layer = quantize_pieces_(nn.Linear(8, 40, bias=False), k, width, books=books)
+    assert piece_rate((40, 8), k, width, books) == pytest.approx(40 * 8 * 32 / stored_bits(layer))
+
+
 def test_convolutions_are_cut_along_their_kernels():
     set_seed(0)
     conv = nn.Conv2d(4, 16, 3)

@@ -68,6 +68,39 @@ def test_tucker_by_turns_is_no_worse_than_one_turn_and_than_random_bases():
         assert lost((a.T, torch.einsum("tsij,tp,sq->pqij", w, b, a), b)) >= lost(tucker_factors(w, (3, 4)))
 
 
+def descended(lost, shapes, starts=6):
+    "The least loss that descent from random factors finds."
+    found = []
+    for seed in range(starts):
+        draw = torch.Generator().manual_seed(seed)
+        parts = [torch.randn(shape, generator=draw, dtype=torch.double).requires_grad_() for shape in shapes]
+        optimizer = torch.optim.LBFGS(parts, max_iter=400, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+        def closure():
+            optimizer.zero_grad()
+            loss = lost(parts)
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+        found.append(lost(parts).item())
+    return min(found)
+
+
+def test_no_descent_beats_tucker_by_turns():
+    w = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    def lost(parts): return (torch.einsum("tp,pqi,qs->tsi", parts[2], parts[1], parts[0]) - w).square().sum()
+    ours, plain = (lost(tucker_factors(w, (2, 3), steps=steps)).item() for steps in (50, 0))
+    assert ours < plain and ours == pytest.approx(descended(lost, [(2, 5), (3, 2, 3), (6, 3)]), rel=1e-6)
+
+
+def test_no_descent_beats_cp_by_turns():
+    w = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    def lost(parts): return (torch.einsum("tr,sr,ir->tsi", *parts) - w).square().sum()
+    for rank in (1, 2):
+        parts = [f.requires_grad_() for f in cp_factors(w, rank, steps=2000)]
+        assert lost(parts).item() == pytest.approx(descended(lost, [(n, rank) for n in w.shape]), rel=1e-3)
+        assert all(g.abs().max() < .05 for g in torch.autograd.grad(lost(parts), parts))
+
+
 def test_cp_of_one_axis_is_a_matrix():
     w = torch.randn(5, 4, 1).double()
     torch.testing.assert_close(torch.einsum("tr,sr,ir->tsi", *cp_factors(w, 2))[..., 0], torch.mm(*matrix_factors(w[..., 0], 2)), atol=1e-3, rtol=1e-3)

@@ -69,6 +69,7 @@ def test_a_tied_table_is_one_module_under_two_names_and_one_entry_of_a_file(tmp_
     save_model(model, tmp_path / "one.safetensors")
     with safe_open(tmp_path / "one.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["body.bias", "body.weight", "table.quantized.codes", "table.quantized.scales"]
+        assert sum(file.get_tensor(name).nbytes for name in file.keys()) == stored_bytes(model)
     model.to("meta")
     assert model.table.quantized is model.head.quantized and model.head.quantized.codes.is_meta
 
