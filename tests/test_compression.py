@@ -1,5 +1,6 @@
 "The pipeline: stages and what they keep, ties, recipes, interruption, files, and the command line."
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -137,11 +138,12 @@ SCALES = [{"stage": "prune", "sparsity": .3}, {"stage": "tune", "epochs": 1}, {"
           {"stage": "round"}, {"stage": "code"}]
 
 
-@pytest.mark.parametrize("recipe", [CLUSTERED, SCALES, QUANTIZED], ids=["clustered", "scales", "quantized"])
-@pytest.mark.parametrize("kind", MEASURED)
-def test_the_file_is_what_was_measured(kind, recipe, tmp_path):
-    if kind == "mirror" and recipe is not QUANTIZED: pytest.skip("a mapped tie is not clustered, and not trained on a grid once it is masked")
-    build, width = MEASURED[kind]
+RECIPES = {"quantized": QUANTIZED, "scales": SCALES, "clustered": CLUSTERED}  # a mapped tie is not clustered, nor trained on a grid
+
+
+@pytest.mark.parametrize("kind, name", [("mirror", "quantized"), *itertools.product(("steps", "words"), RECIPES)])
+def test_the_file_is_what_was_measured(kind, name, tmp_path):
+    (build, width), recipe = MEASURED[kind], RECIPES[name]
     set_seed(0)
     model, x = build(), torch.randn(40, 12) if width else torch.randint(30, (40,))
     y, loss = (x, F.mse_loss) if kind == "mirror" else (torch.randint(width or 30, (40,)), F.cross_entropy)
