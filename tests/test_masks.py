@@ -433,3 +433,26 @@ def test_a_table_with_sparse_gradients_is_refused():
     model = nn.Embedding(5, 3, sparse=True)
     with pytest.raises(ValueError, match="weight: belongs to a table with sparse gradients"): prune_(model, {"weight": torch.rand(5, 3)}, .5)
     assert not masks_of(model)
+
+
+# Against others
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_torch_takes_out_the_same_where_nothing_is_shared(scope):
+    from torch.nn.utils import prune as theirs
+    torch.manual_seed(0)
+    model = plain()
+    other = copy.deepcopy(model)
+    prune_(model, magnitude(model), .6, scope=scope)
+    layers = [(other[0], "weight"), (other[2], "weight")]
+    if scope == "global": theirs.global_unstructured(layers, theirs.L1Unstructured, amount=.6)
+    else: [theirs.l1_unstructured(*layer, .6) for layer in layers]
+    for own, (layer, _) in zip(masks_of(model).values(), layers): assert torch.equal(own, layer.weight_mask.bool())
+    assert torch.equal(model(torch.ones(1, 6)), other(torch.ones(1, 6)))
+
+
+@given(some.integers(0, 30), some.integers(1, 20), some.integers(0, 10), some.floats(.5, .95), some.floats(0, .4))
+def test_what_is_still_to_go_falls_with_the_cube_of_the_steps_left(step, count, start, final, initial):
+    left = (final - gradual_sparsity(step, final, count, start, initial)) / (final - initial)
+    steps_left = min(max(count + start - step, 0), count)
+    assert left * count ** 3 == pytest.approx(steps_left ** 3, abs=1e-6)

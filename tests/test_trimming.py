@@ -310,3 +310,28 @@ def test_half_precision_is_trimmed_in_single(dtype):
     half = copy.deepcopy(model).to(dtype)
     table, exact = trim_(half, x.to(dtype), .1, names="0.weight"), trim_(model, x, .1, names="0.weight")
     assert half[0].weight.dtype == dtype and (table["error"] < 1.2 * exact["error"]).all() and (table["left"] - exact["left"]).abs().max() <= 4
+
+
+def convex_program(X, y, epsilon, relu, start):
+    "The least absolute sum for one unit by SciPy, u = p - q with p and q of at least 0."
+    on, out = (y > 0 if relu else np.ones(len(y), bool)), np.zeros(len(y)) if start is None else X @ start
+    radius = max(epsilon * np.linalg.norm(y), 0 if start is None else 1.1 * np.linalg.norm((out - y)[on]))
+    def made(s): return X @ (s[:X.shape[1]] - s[X.shape[1]:])
+    rules = [{"type": "ineq", "fun": lambda s: radius ** 2 - np.sum((made(s) - y)[on] ** 2)}]
+    if not on.all(): rules.append({"type": "ineq", "fun": lambda s: (np.maximum(out, 0) - made(s))[~on]})
+    u = np.linalg.lstsq(X, y, rcond=None)[0] if start is None else start
+    return scipy.optimize.minimize(np.sum, np.concatenate([np.maximum(u, 0), np.maximum(-u, 0)]), jac=np.ones_like, bounds=[(0, None)] * 2 * len(u),
+                                   constraints=rules, method="SLSQP", options={"maxiter": 500}).fun
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("worse", [False, True])
+@pytest.mark.filterwarnings("ignore:.*have not converged")
+def test_the_program_of_a_cascade_and_that_without_a_relu(relu, worse):
+    "Outputs of whole inputs, from inputs of which some are lost: the old weights set the limits."
+    X, W = planted()
+    Y = (X @ W).relu() if relu else X @ W
+    inputs = X * (torch.rand(40, 8) > .1) if worse else X
+    found = net_trim(inputs, Y, .2, relu, start=W if worse else None, steps=5000, tolerance=1e-5)
+    for u, y, w in zip(found.T, Y.T, W.T):
+        assert u.abs().sum().item() == pytest.approx(convex_program(inputs.numpy(), y.numpy(), .2, relu, w.numpy() if worse else None), rel=5e-3, abs=1e-3)
