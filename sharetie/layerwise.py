@@ -6,7 +6,7 @@
 __all__ = ['refit', 'prune_rows', 'Calibration', 'calibrate', 'layerwise_']
 
 # %% ../nbs/40_layerwise.ipynb #d68f9856
-import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -221,7 +221,7 @@ def _input(args, kwargs): return args[0] if args else kwargs["input"]
 
 
 class _Layer:
-    "A layer that uses a weight, and sums over its inputs."
+    "A layer that uses a weight; the mean of its inputs, and sums of products around it."
     def __init__(self, name, module):
         self.name, self.module = name, module
         kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, ScaledEmbedding
@@ -231,7 +231,7 @@ class _Layer:
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             need(module.groups == 1 and module.padding_mode == "zeros", name, words, module)
         need(getattr(module, "max_norm", None) is None, name, "an embedding without max_norm", module)
-        self.square = self.sum = self.counts = None
+        self.around = self.mean = self.counts = None
         self.n = 0
 
     def see(self, module, args, kwargs):
@@ -243,9 +243,14 @@ class _Layer:
             self.counts = counts if self.counts is None else self.counts + counts
             return
         rows = _patches(self.module, x.to(torch.promote_types(x.dtype, torch.float32)))
-        square, total = rows.T @ rows, rows.sum(0)
-        self.square, self.sum = (square, total) if self.square is None else (self.square + square, self.sum + total)
-        self.n += len(rows)
+        mean = rows.mean(0)
+        off = rows - mean
+        around = off.T @ off
+        if self.n:
+            part, step = len(rows) / (self.n + len(rows)), mean - self.mean
+            around = self.around + around + self.n * part * torch.outer(step, step)
+            mean = self.mean + part * step
+        self.around, self.mean, self.n = around, mean, self.n + len(rows)
 
 # %% ../nbs/40_layerwise.ipynb #bfbc0234
 def _patches(module, x):
@@ -269,20 +274,24 @@ def _padding(module, axis):
 
 # %% ../nbs/40_layerwise.ipynb #8a92ca24
 class _Outside(TorchFunctionMode):
-    "While it is on, a weight that is used by something other than its layers is refused."
-    def __init__(self, name, tensor):
+    "While it is on, weights that are used by something other than their layers are refused."
+    def __init__(self, weights):
         super().__init__()
-        self.name, self.tensor, self.inside = name, tensor, 0
+        self.names, self.inside = {id(weight.tensor): name for name, weight in weights.items()}, Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        used = not self.inside and any(a is self.tensor for a in _leaves([args, kwargs]))
-        if used and any(isinstance(o, Tensor) and o is not self.tensor for o in _leaves(out)):
-            raise ValueError(f"{self.name}: a weight that layers alone use is expected, the model uses it elsewhere")
+        for used in (a for a in _leaves([args, kwargs]) if id(a) in self.names):
+            name = self.names[id(used)]
+            if not self.inside[name] and any(isinstance(o, Tensor) and o is not used for o in _leaves(out)):
+                raise ValueError(f"{name}: a weight that layers alone use is expected, the model uses it elsewhere")
         return out
 
-    def enter(self, *_): self.inside += 1
-    def leave(self, *_): self.inside -= 1
+    def watch(self, name, module):
+        "Hooks that say when a layer of a weight is at work."
+        def enter(*_): self.inside[name] += 1
+        def leave(*_): self.inside[name] -= 1
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
 def _layers_of(model, weight):
@@ -311,15 +320,14 @@ def calibrate(
     weights, layers = _weights(model, names), {}
     _check_inputs(x, batch_size)
     for name, weight in weights.items(): layers[name] = _layers_of(model, weight)
-    hooks, order, modes = [], {}, [_Outside(name, weight.tensor) for name, weight in weights.items()]
-    for mode, (name, own) in zip(modes, layers.items()):
+    hooks, order, outside = [], {}, _Outside(weights)
+    for name, own in layers.items():
         for layer in own:
-            before, after = layer.module.register_forward_pre_hook, layer.module.register_forward_hook
+            before = layer.module.register_forward_pre_hook
             hooks += [before(layer.see, with_kwargs=True), before(lambda *_, name=name: order.setdefault(name)),
-                      before(mode.enter), after(mode.leave)]
+                      *outside.watch(name, layer.module)]
     try:
-        with _mode(model, False), _eager(), contextlib.ExitStack() as stack:
-            for mode in modes: stack.enter_context(mode)
+        with _mode(model, False), _eager(), outside:
             for part in x.split(batch_size): model(part)
     finally:
         for hook in hooks: hook.remove()
@@ -343,19 +351,20 @@ def _holders(model):
 
 def _calibration(name, layers, p, holders):
     "Sums of all layers of a weight, per example."
-    seen = [layer for layer in layers if layer.square is not None]
+    seen, groups, means = [layer for layer in layers if layer.n], {}, []
     need(seen, name, "a weight that the model multiplies with inputs", "one that it looks up or does not use")
-    hessian, groups = sum(layer.square for layer in seen) / p, {}
     for layer in seen:
         bias = layer.module.bias
         own = {id(other.module) for other in seen if other.module.bias is bias}
         moves = isinstance(bias, nn.Parameter) and holders.get(id(bias), set()) <= own
-        if moves: groups.setdefault(id(bias), []).append(layer)
-    means = []
-    for group in groups.values():
-        n, total = sum(layer.n for layer in group), sum(layer.sum for layer in group)
-        hessian -= torch.outer(total, total) / n / p
-        means.append((group[0].module.bias, total / n))
+        groups.setdefault(bias if moves else None, []).append(layer)
+    hessian = torch.zeros_like(seen[0].around)
+    for bias, group in groups.items():
+        mean = sum(layer.n * layer.mean for layer in group) / sum(layer.n for layer in group)
+        if bias is not None: means.append((bias, mean))
+        for layer in group:
+            off = layer.mean if bias is None else layer.mean - mean
+            hessian += (layer.around + layer.n * torch.outer(off, off)) / p
     tables = [layer.counts for layer in layers if layer.counts is not None]
     return Calibration(hessian, sum(tables) / p if tables else None, means)
 

@@ -149,9 +149,8 @@ def _linear(model, weight):
 
 def _observed(model, weight, module, x, batch_size):
     "Inputs and outputs of a layer over all of its calls, and whether a ReLU alone reads them."
-    readers, outside = _Readers(), _Outside(weight.name, weight.tensor)
-    hooks = [module.register_forward_pre_hook(outside.enter), module.register_forward_hook(outside.leave),
-             module.register_forward_hook(readers.note, with_kwargs=True)]
+    readers, outside = _Readers(), _Outside({weight.name: weight})
+    hooks = [*outside.watch(weight.name, module), module.register_forward_hook(readers.note, with_kwargs=True)]
     try:
         with _mode(model, False), _eager(), outside, readers:
             for part in x.split(batch_size): readers.returned(model(part))

@@ -500,3 +500,20 @@ def test_a_compiled_model_is_pruned_as_it_is_written():
     layerwise_(compiled, x, .5), layerwise_(model, x, .5)
     for name, w in edges(model).items(): torch.testing.assert_close(edges(compiled)[f"_orig_mod.{name}"], w)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_inputs_far_from_zero_have_their_covariance():
+    "Batch by batch and in single precision, where a difference of sums of squares would leave nothing."
+    torch.manual_seed(0)
+    x = 1000 + torch.randn(50, 4)
+    exact = torch.cov(x.double().T, correction=0).float()
+    torch.testing.assert_close(calibrate(nn.Linear(4, 3), x, batch_size=7)["weight"].hessian, exact, rtol=1e-3, atol=1e-3)
+    layer = nn.Linear(4, 4)
+    both = nn.Sequential(layer, nn.Identity(), layer)
+    inputs = torch.cat([x, layer(x).detach()]).double()
+    torch.testing.assert_close(calibrate(both, x, batch_size=7)["0.weight"].hessian, 2 * torch.cov(inputs.T, correction=0).float(), rtol=1e-4, atol=1e-2)
+
+
+def test_hundreds_of_layers_are_calibrated_at_once():
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(400)])
+    assert len(calibrate(model, torch.rand(3, 2))) == 400
