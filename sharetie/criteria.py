@@ -55,7 +55,7 @@ def taylor(
     return {name: (g * _seen(w)).detach().abs() if s is not None else torch.zeros_like(w.tensor)
             for (name, w), g, s in zip(weights.items(), zeros, slopes)}
 
-
+# %% ../nbs/40_criteria.ipynb #f5a72c49
 def _one_number(value):
     "A loss, if it is one finite number."
     fine = isinstance(value, Tensor) and value.numel() == 1

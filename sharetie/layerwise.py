@@ -219,7 +219,7 @@ class Calibration(NamedTuple):
 
 def _input(args, kwargs): return args[0] if args else kwargs["input"]
 
-
+# %% ../nbs/40_layerwise.ipynb #d3e96a17
 class _Layer:
     "A layer that uses a weight; the mean of its inputs, and sums of products around it."
     def __init__(self, name, module):

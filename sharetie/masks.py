@@ -95,7 +95,7 @@ def _all_weights(model):
         found[first] = _Weight(first, names, own[0].tensor, own, masks[0] if masks else None)
     return found
 
-
+# %% ../nbs/40_masks.ipynb #b7a1f4c2
 def _check_weight(model, weight, pseudo):
     "Raise where a weight cannot be masked in all of its places."
     t, mapped = weight.tensor, {n for d in declared_ties(model) if d.map is not None for n in d.names[1:]}
@@ -193,7 +193,7 @@ def mask_(
         _narrow(new.get(name, weights[name].mask), weights[name].tensor, mask.to(weights[name].tensor.device))
     return model
 
-
+# %% ../nbs/40_masks.ipynb #e4f60b38
 @torch.no_grad()
 def _narrow(module, tensor, kept):
     "Take out of a mask, and of what is masked, what is not kept."

@@ -135,7 +135,7 @@ class _Readers(TorchFunctionMode):
         for *_, out, names in self.rows:
             if id(out) not in self.over and any(r is out for r in _leaves(result)): names.add("return")
 
-
+# %% ../nbs/40_trimming.ipynb #c85d20e9
 def _linear(model, weight):
     "The one linear layer of a weight."
     layers = _layers_of(model, weight)
