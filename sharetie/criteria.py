@@ -6,7 +6,10 @@
 __all__ = ['taylor', 'curvature_rows', 'obd', 'remember', 'rewind_']
 
 # %% ../nbs/40_criteria.ipynb #9faf3497
+import contextlib
+import inspect
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -18,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .errors import function, need, tensor, whole
 from .groups import functional
 from .masks import _all_weights, _seen, _weights
-from .scores import _check_data, _mode
+from .scores import _check_data, _leaves, _mode
 
 # %% ../nbs/40_criteria.ipynb #3aa95998
 def _examples(model, data, loss):
@@ -45,10 +48,30 @@ def taylor(
     x, y = _examples(model, data, loss)
     weights = _weights(model, names)
     with _mode(model, False), torch.enable_grad(), _trainable(weights):
-        slopes = torch.autograd.grad(loss(model(x), y), [w.tensor for w in weights.values()], allow_unused=True)
+        value = _one_number(loss(model(x), y))
+        _check_reached(value)
+        slopes = torch.autograd.grad(value, [w.tensor for w in weights.values()], allow_unused=True)
     zeros = (w.tensor if g is None else g for w, g in zip(weights.values(), slopes))
     return {name: (g * _seen(w)).detach().abs() if s is not None else torch.zeros_like(w.tensor)
             for (name, w), g, s in zip(weights.items(), zeros, slopes)}
+
+# %% ../nbs/40_criteria.ipynb #f5a72c49
+def _one_number(value):
+    "A loss, if it is one finite number."
+    fine = isinstance(value, Tensor) and value.numel() == 1
+    need(fine, "loss", "a function to one number", value)
+    need(bool(value.isfinite()), "data", "examples at which the loss is finite", value.item())
+    return value
+
+
+def _check_reached(out):
+    need(out.requires_grad, "names", "a weight on which the outputs depend", "none that they can be derived by")
+
+
+def _eager():
+    "A context in which compiled models run as they are written, such that modes see what they call."
+    dynamo = "torch._dynamo" in sys.modules  # importing it takes seconds
+    return torch.compiler.set_stance("force_eager") if dynamo else contextlib.nullcontext()
 
 
 class _trainable:
@@ -116,41 +139,74 @@ class _Mean(torch.autograd.Function):
 
 # %% ../nbs/40_criteria.ipynb #7d0d6609
 _EACH = set("relu relu6 leaky_relu elu selu celu gelu silu mish softplus hardtanh sigmoid tanh hardsigmoid hardswish "
-            "logsigmoid softsign exp log sin cos square sqrt erf abs clamp pow dropout".split())
+            "logsigmoid softsign exp log sin cos square sqrt erf abs clamp pow __pow__ dropout".split())
 _PRODUCTS = set("linear matmul __matmul__ mm bmm mul __mul__ __rmul__ conv1d conv2d conv3d conv_transpose1d "
                 "conv_transpose2d conv_transpose3d".split())
 _MOVES = set("where flatten unflatten view reshape permute transpose movedim t __get__ unsqueeze squeeze expand "
-             "contiguous __getitem__ index_select select narrow chunk split cat stack add __add__ __radd__ sub __sub__ "
-             "__rsub__ neg __neg__ pad sum max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-             "embedding clone to float double masked_fill roll flip".split())
+             "contiguous __getitem__ index_select select narrow chunk split unbind cat stack neg __neg__ pad sum "
+             "max min maximum minimum topk sort max_pool1d max_pool2d max_pool3d adaptive_max_pool1d "
+             "adaptive_max_pool2d embedding clone to float double masked_fill roll flip".split())
+_SUMS = set("add __add__ __radd__ sub __sub__ __rsub__".split())
 _MEANS = set("mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
              "adaptive_avg_pool3d".split())
 
 
+def _plain_name(name):
+    "The name of a function, or of that which does not write into its first argument: relu for relu_, __add__ for __iadd__."
+    if name.startswith("__i") and f"__{name[3:]}" in _SUMS | _PRODUCTS | _EACH | {"__truediv__"}: return f"__{name[3:]}"
+    return name if name.endswith("__") else name.rstrip("_")
+
+
+def _in_place(func, args, kwargs):
+    "Is a function told to write into its first argument?"
+    try: return bool(inspect.signature(func).bind(*args, **kwargs).arguments.get("inplace"))
+    except (TypeError, ValueError): return False  # functions written in C have no such option
+
+# %% ../nbs/40_criteria.ipynb #5c1f7a20
 class _Squares(TorchFunctionMode):
     "While it is on, all that models compute is differentiated with squared derivatives."
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, func.__name__
-        out = func(*args, **kwargs)
-        if not (isinstance(out, Tensor) and out.requires_grad) or name in _MOVES: return out
-        rest = args[1:]
-        if name in _EACH: return _Each.apply(lambda x: func(x, *rest, **kwargs), args[0])
-        if name in _MEANS:
-            return _Mean.apply(lambda x: func(x, *rest, **kwargs), args[0], _count(name, args, kwargs, out))
-        if name in _PRODUCTS: return _product(func, args, kwargs)
-        if name in ("div", "__truediv__") and not isinstance(rest[0], Tensor):
-            return _Each.apply(lambda x: x / rest[0], args[0])
-        if name == "batch_norm": return _normed(args, kwargs)
-        raise ValueError(f"model: {name} mixes entries in a way whose curvature one backward pass cannot follow; "
-                         "cross=True takes any model")
+        name = _plain_name(func.__name__)
+        args, kwargs = _by_position(name, args, kwargs or {})
+        written = name != func.__name__ or _in_place(func, args, kwargs)
+        if not written or name in _MOVES | _SUMS: return _squared(func, name, args, kwargs)
+        def afresh(x, *rest, **options): return func(x.clone(), *rest, **options)
+        return args[0].copy_(_squared(afresh, name, (args[0].clone(), *args[1:]), kwargs))
+
+
+def _by_position(name, args, kwargs):
+    "The arguments of a function, with tensors by position where that is their usual place."
+    if name not in _EACH | _PRODUCTS | _SUMS | _MEANS: return args, kwargs
+    second = ("weight", "other", "mat2", "exponent") if name in _PRODUCTS | _SUMS | {"pow"} else ()
+    kwargs = dict(kwargs)
+    for names in (("input",), second)[len(args):]: args += tuple(kwargs.pop(n) for n in names if n in kwargs)
+    return args, kwargs
+
+
+def _squared(func, name, args, kwargs):
+    "What a function gives, with squared derivatives for the way back."
+    out, rest = func(*args, **kwargs), args[1:]
+    if not any(isinstance(o, Tensor) and o.requires_grad for o in _leaves(out)) or name in _MOVES: return out
+    if name in _SUMS:
+        if kwargs.get("alpha", 1) == 1: return out
+        return func(args[0], _Each.apply(lambda x: kwargs["alpha"] * x, args[1]))
+    if name in _EACH: return _Each.apply(lambda x: func(x, *rest, **kwargs), args[0])
+    if name in _MEANS:
+        return _Mean.apply(lambda x: func(x, *rest, **kwargs), args[0], _count(name, args, kwargs, out))
+    if name in _PRODUCTS: return _product(func, name, args, kwargs)
+    if name in ("div", "__truediv__") and not isinstance(rest[0], Tensor):
+        return _Each.apply(lambda x: x / rest[0], args[0])
+    if name == "batch_norm": return _normed(args, kwargs)
+    raise ValueError(f"model: {name} mixes entries in a way whose curvature one backward pass cannot follow; "
+                     "cross=True needs no rule for it")
 
 # %% ../nbs/40_criteria.ipynb #eae724b3
-def _product(func, args, kwargs):
+def _product(func, name, args, kwargs):
     "A product and its bias, which is added."
     a, b, *rest = args
     if not isinstance(b, Tensor): return _Each.apply(lambda x: func(x, b, **kwargs), a)
     if not isinstance(a, Tensor): return _Each.apply(lambda x: func(a, x, **kwargs), b)
-    if func.__name__ != "linear" and not func.__name__.startswith("conv"): return _Product.apply(func, a, b)
+    if name != "linear" and not name.startswith("conv"): return _Product.apply(func, a, b)
     options = dict(kwargs)
     bias = options.pop("bias", rest.pop(0) if rest else None)
     out = _Product.apply(lambda a, b: func(a, b, None, *rest, **options), a, b)
@@ -181,10 +237,14 @@ def _normed(args, kwargs):
 # %% ../nbs/40_criteria.ipynb #5e0bfa2b
 def _output_curvature(z, y, loss):
     "Second derivatives of each example's loss in its outputs, (p, c, c) for c outputs."
+    exact = torch.promote_types(z.dtype, torch.float32)  # eigenvalues of half precision there are none
+    z, y = z.to(exact), y.to(exact) if y.is_floating_point() else y
+    need(bool(z.isfinite().all()), "data", "examples at which outputs are finite", "some that are NaN or infinite")
     def one(z, y): return loss(z[None], y[None])
     try: found, each = vmap(hessian(one))(z, y), vmap(one)(z, y)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"loss: a function of one example's output and target is expected: {error}") from error
+    need(each.ndim == 1, "loss", "a function to one number", f"{tuple(each.shape[1:])} for each example")
     fine = torch.isclose(each.mean(), loss(z, y), rtol=1e-3, atol=1e-6)
     need(bool(fine), "loss", "a mean over examples", f"{loss(z, y):.4g} for examples of {each.mean():.4g} on average")
     return found.reshape(len(z), z[0].numel(), z[0].numel())
@@ -198,7 +258,8 @@ def curvature_rows(
 ) -> Tensor:  # (p, c, n) for c outputs and n stored weights, one after the other
     """Rows whose products, summed and divided by p, are the Gauss-Newton matrix of the loss in the stored weights.
 
-    Raises TypeError or ValueError for bad data, a loss that is no mean over examples, and as `edges` does."""
+    Raises TypeError or ValueError for bad data, a loss that is no mean over examples, a model that treats examples
+    together, and as `edges` does."""
     x, y = _examples(model, data, loss)
     weights = _weights(model, names)
     with _mode(model, False), torch.no_grad(): z = model(x)
@@ -206,9 +267,17 @@ def curvature_rows(
     root = values.clamp(min=0).sqrt()[:, :, None] * vectors.mT
     held = {w.places[0].name: w.tensor.detach() for w in weights.values()}
     call = functional(model)[0]
-    def output(held, x): return call(held, x[None]).flatten()
-    with _mode(model, False), torch.no_grad(): found = vmap(jacrev(output), in_dims=(None, 0))(held, x)
-    return torch.cat([root @ j.flatten(2) for j in found.values()], 2)
+    def output(held, x):
+        out = call(held, x[None]).flatten()
+        return out, out
+    try:
+        with _mode(model, False), torch.no_grad():
+            found, alone = vmap(jacrev(output, has_aux=True), in_dims=(None, 0))(held, x)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"model: one that torch.func can follow example by example is expected: {error}") from error
+    near = torch.allclose(alone, z.reshape(len(z), -1), 1e-2, 1e-2 * z.abs().max().item())
+    need(near, "model", "one that treats each example alone", "one whose outputs depend on the others")
+    return torch.cat([root @ j.flatten(2).to(root.dtype) for j in found.values()], 2)
 
 # %% ../nbs/40_criteria.ipynb #cdf3b478
 def obd(
@@ -234,10 +303,11 @@ def obd(
 def _backward_diagonal(model, x, y, loss, weights):
     "Second derivatives by one backward pass of squares."
     with _mode(model, False), torch.enable_grad(), _trainable(weights):
-        with _Squares(): z = model(x)
+        with _eager(), _Squares(): z = model(x)
+        _check_reached(z)
         with torch.no_grad(): start = _output_curvature(z.detach(), y, loss).diagonal(dim1=1, dim2=2)
         tensors = [w.tensor for w in weights.values()]
-        h = torch.autograd.grad(z, tensors, start.reshape(z.shape) / len(x), allow_unused=True)
+        h = torch.autograd.grad(z, tensors, start.reshape(z.shape).to(z.dtype) / len(x), allow_unused=True)
     return {name: torch.zeros_like(t) if own is None else own for name, t, own in zip(weights, tensors, h)}
 
 
@@ -264,16 +334,19 @@ def rewind_(
 ) -> nn.Module:  # the same model
     """Put values into weights; what is masked stays out, what is tied stays tied.
 
-    Raises TypeError or ValueError, before anything changes, for unknown names, other shapes, and values that are not
-    finite. Source: Frankle and Carbin 2019."""
+    Raises TypeError or ValueError, before anything changes, for unknown names, other shapes, values that are not finite,
+    and two values of one weight. Source: Frankle and Carbin 2019."""
     need(isinstance(values, Mapping), "values", "a dictionary of tensors by name", type(values), TypeError)
     weights = _all_weights(model)
     first = {name: weight.name for weight in weights.values() for name in weight.names}
+    given = {}
     for name, value in values.items():
         need(name in first, "values", f"names of weights such as {next(iter(first), None)!r}", name)
         tensor(value, f"values[{name!r}]", shape=tuple(weights[first[name]].tensor.shape), finite=True)
-    for name, value in values.items():
-        weight = weights[first[name]]
+        one = torch.equal(given.setdefault(first[name], value), value)
+        need(one, "values", f"one value for {first[name]!r}, which has several names,", name)
+    for name, value in given.items():
+        weight = weights[name]
         weight.tensor.copy_(value)
         if weight.mask is not None: weight.tensor.masked_fill_(~weight.mask.mask, 0)
     return model

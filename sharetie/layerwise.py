@@ -6,7 +6,7 @@
 __all__ = ['refit', 'prune_rows', 'Calibration', 'calibrate', 'layerwise_']
 
 # %% ../nbs/40_layerwise.ipynb #d68f9856
-import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
+from .criteria import _eager
+from .embeddings import ScaledEmbedding
 from .errors import need, one_of, real, tensor, whole
 from .finding import module_paths, places
 from .masks import Mask, _best, _by_pattern, _part, _read_pattern, _seen, _weights, mask_
-from .scores import _mode
+from .scores import _leaves, _mode
 
 # %% ../nbs/40_layerwise.ipynb #50a17f71
 def refit(
@@ -30,16 +32,16 @@ def refit(
 ) -> Tensor:  # (r, d), zero where the mask is false
     """The values that stay, such that the outputs of a layer change least.
 
-    Raises TypeError or ValueError for matrices that do not fit. Source: Frantar and Alistarh 2022."""
+    Raises TypeError or ValueError for matrices that do not fit or leave no best value. Source: Frantar and Alistarh 2022."""
     _check_rows(W, H)
-    tensor(mask, "mask", shape=tuple(W.shape))
-    need(mask.dtype == torch.bool, "mask", "a tensor of bool", mask, TypeError)
+    _check_mask(mask, W.shape)
     found, wanted = torch.zeros_like(W), (W[:, None] @ H)[:, 0]
     for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H)):
         keep, own = mask[rows].to(W.dtype), H if H.ndim == 2 else H[rows]
         system = keep[:, :, None] * own * keep[:, None]
         system.diagonal(dim1=1, dim2=2).add_(1 - keep)
-        found[rows] = torch.linalg.solve(system, keep * wanted[rows])
+        found[rows], info = torch.linalg.solve_ex(system, keep * wanted[rows])
+        need(not bool(info.any()), "H", "one that is positive definite in what stays", "a singular one")
     return found
 
 
@@ -50,6 +52,12 @@ def _check_rows(W, H):
     shape = (W.shape[1],) * 2
     fine = H.shape in (shape, (len(W), *shape)) and H.dtype == W.dtype
     need(fine, "H", f"a tensor of {W.dtype} and shape {shape}, or one for each row,", (H.dtype, tuple(H.shape)))
+
+
+def _check_mask(mask, shape):
+    tensor(mask, "mask", shape=tuple(shape))
+    need(mask.dtype == torch.bool, "mask", "a tensor of bool", mask, TypeError)
+    return mask
 
 
 def _at_a_time(H, numbers=2 ** 24):
@@ -63,11 +71,11 @@ def _greedy_costs(W, inverse, mask, limit):
     order, costs = torch.empty_like(W, dtype=torch.long), torch.empty_like(W)
     gone = torch.zeros_like(mask)
     for step in range(d):
-        rises = (W.square() / inverse.diagonal(dim1=1, dim2=2)).masked_fill(~mask, -1).masked_fill(gone, torch.inf)
-        if limit is not None: rises = rises.masked_fill(_full(gone, *limit), torch.finfo(W.dtype).max)
+        rises = (W.square() / inverse.diagonal(dim1=1, dim2=2)).clamp(min=0).masked_fill(~mask, -1)
+        if limit is not None: rises = rises.masked_fill(_full(gone, *limit) & mask, torch.finfo(W.dtype).max)
         q = rises.masked_fill(gone, torch.inf).argmin(1)
         column, at = inverse[rows, :, q], inverse[rows, q, q]
-        order[:, step], costs[:, step] = q, rises[rows, q].clamp(min=0)
+        order[:, step], costs[:, step] = q, rises[rows, q]
         W = W - (W[rows, q] / at)[:, None] * column
         inverse.baddbmm_(column[:, :, None], column[:, None] / at[:, None, None], alpha=-1)
         gone[rows, q] = True
@@ -85,21 +93,30 @@ def _greedy(W, H, mask, sparsity, limit):
     "The mask of the exact surgeon, row by row."
     parts = []
     for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H, 2 ** 22)):
-        inverse = torch.linalg.inv(H if H.ndim == 2 else H[rows]).expand(len(rows), *H.shape[-2:]).clone()
+        inverse = _inverse(H if H.ndim == 2 else H[rows]).expand(len(rows), *H.shape[-2:]).clone()
         parts.append(_greedy_costs(W[rows], inverse, mask[rows], limit))
     order, costs = (torch.cat(part) for part in zip(*parts))
-    d = W.shape[1]
-    if limit is not None: kept = torch.arange(d, device=W.device) >= d // limit[1] * (limit[1] - limit[0])
+    if limit is not None:
+        gone = (~mask).view(len(W), -1, limit[1]).sum(2).clamp(min=limit[1] - limit[0]).sum(1)
+        kept = torch.arange(W.shape[1], device=W.device) >= gone[:, None]
     else: kept = _best(costs.cummax(1).values.flatten(), W.numel() - round(sparsity * W.numel())).view_as(mask)
-    return torch.zeros_like(mask).scatter(1, order, kept.expand_as(mask))
+    return torch.zeros_like(mask).scatter(1, order, kept) & mask
 
 # %% ../nbs/40_layerwise.ipynb #2cb5361d
-def _factor(H):
-    "The upper triangle U with U Uᵀ = H."
-    lower, info = torch.linalg.cholesky_ex(H.flip(-1, -2))
+def _lower(H):
+    "The lower triangle L with L Lᵀ = H."
+    lower, info = torch.linalg.cholesky_ex(H)
     fine = not bool(info.any())
     need(fine, "damp", "a larger number, with which H is positive definite", "one with which it is not")
-    return lower.flip(-1, -2)
+    return lower
+
+
+def _factor(H):
+    "The upper triangle U with U Uᵀ = H."
+    return _lower(H.flip(-1, -2)).flip(-1, -2)
+
+
+def _inverse(H): return torch.cholesky_inverse(_lower(H))
 
 
 def _free(U, sums, a, b):
@@ -118,9 +135,9 @@ def _block(W, U, mask, sparsity, limit, block):
         new[:, s:e] += _free(U, U[:, :s, s:e].mT @ D[:, :s], s, e)
         if limit is None:
             scores = (new[:, s:e] * scale[:, s:e]).square().masked_fill(~mask[:, s:e], -1)
-            n = round(sparsity * g * e * r) - gone
-            out[:, s:e] = _best(scores.flatten(), scores.numel() - n).view_as(scores)
-            gone += n
+            n = max(round(sparsity * g * e * r) - gone, 0)  # less is left to do where much is out before
+            out[:, s:e] = _best(scores.flatten(), scores.numel() - n).view_as(scores) & mask[:, s:e]
+            gone += int((~out[:, s:e]).sum())
         _columns(U[:, s:e, s:e], scale[:, s:e], mask[:, s:e], limit, new[:, s:e], out[:, s:e])
         D[:, s:e] = W[:, s:e] - new[:, s:e]
     return new, out
@@ -134,7 +151,7 @@ def _columns(U, scale, mask, limit, new, out):
         now += _free(U, U[:, :j, j:j + m].mT @ E[:, :j], j, j + m)
         if limit is not None:
             scores = (now * scale[:, j:j + m]).square().masked_fill(~mask[:, j:j + m], -1)
-            out[:, j:j + m] = _by_pattern(scores.mT.contiguous(), *limit).mT
+            out[:, j:j + m] = _by_pattern(scores.mT.contiguous(), *limit).mT & mask[:, j:j + m]
             _columns(U[:, j:j + m, j:j + m], scale[:, j:j + m], mask[:, j:j + m], None, now, out[:, j:j + m])
         else: now *= out[:, j:j + m]
         E[:, j:j + m] = held - now
@@ -171,15 +188,14 @@ def prune_rows(
     need((sparsity is None) != (pattern is None), "prune_rows", "one of sparsity and pattern", (sparsity, pattern))
     limit = None if pattern is None else _read_pattern(pattern, {"W": W.shape})
     sparsity = None if sparsity is None else _part(sparsity)
-    mask = torch.ones_like(W, dtype=torch.bool) if mask is None else tensor(mask, "mask", shape=tuple(W.shape))
+    mask = torch.ones_like(W, dtype=torch.bool) if mask is None else _check_mask(mask, W.shape)
     H = _dampened(H, damp)
     if method == "block": return _all_blocks(W, H, mask, sparsity, limit, block)
     if method == "greedy": mask = _greedy(W, H, mask, sparsity, limit)
     else:
-        rises = W.square() / torch.linalg.inv(H).diagonal(dim1=-2, dim2=-1)
-        rises = rises.masked_fill(~mask, -1)
-        mask = (_by_pattern(rises, *limit) if limit is not None else
-                _best(rises.flatten(), W.numel() - round(sparsity * W.numel())).view_as(mask))
+        rises = (W.square() / _inverse(H).diagonal(dim1=-2, dim2=-1)).masked_fill(~mask, -1)
+        mask = mask & (_by_pattern(rises, *limit) if limit is not None else
+                       _best(rises.flatten(), W.numel() - round(sparsity * W.numel())).view_as(mask))
     return refit(W, H, mask), mask
 
 # %% ../nbs/40_layerwise.ipynb #4756077e
@@ -197,34 +213,44 @@ def _all_blocks(W, H, mask, sparsity, limit, block):
 class Calibration(NamedTuple):
     "What pruning a weight needs to know of its uses, per example."
     hessian: Tensor  # (d, d) of the inputs, around their means where biases can move
-    counts: Tensor | None  # (r,) how often each row was looked up, per example; None for no embedding
+    counts: Tensor | None  # (r,) how often each row was looked up, per example, times its factor's square; None for no embedding
     means: list  # (bias, mean input (d,)) for each bias that moves with the weight
 
 
+def _input(args, kwargs): return args[0] if args else kwargs["input"]
+
+# %% ../nbs/40_layerwise.ipynb #d3e96a17
 class _Layer:
-    "A layer that uses a weight, and sums over its inputs."
+    "A layer that uses a weight; the mean of its inputs, and sums of products around it."
     def __init__(self, name, module):
         self.name, self.module = name, module
-        kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding
+        kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, ScaledEmbedding
         words = "a weight of linear layers, embeddings and convolutions without groups and with zeros as padding"
-        need(isinstance(module, kinds), name, words, type(module))
+        own = type(module).forward in [kind.forward for kind in kinds]  # or who knows what it makes of its weight
+        need(isinstance(module, kinds) and own, name, words, type(module))
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
             need(module.groups == 1 and module.padding_mode == "zeros", name, words, module)
         need(getattr(module, "max_norm", None) is None, name, "an embedding without max_norm", module)
-        self.square = self.sum = self.counts = None
+        self.around = self.mean = self.counts = None
         self.n = 0
 
-    def see(self, module, inputs):
+    def see(self, module, args, kwargs):
         "Add what the layer is about to read."
-        x = inputs[0].detach()
+        x = _input(args, kwargs).detach()
         if isinstance(self.module, nn.Embedding):
             counts = torch.bincount(x.flatten(), minlength=module.num_embeddings)
+            if isinstance(module, ScaledEmbedding): counts = counts * module.embedding_dim  # the square of its factor
             self.counts = counts if self.counts is None else self.counts + counts
             return
         rows = _patches(self.module, x.to(torch.promote_types(x.dtype, torch.float32)))
-        square, total = rows.T @ rows, rows.sum(0)
-        self.square, self.sum = (square, total) if self.square is None else (self.square + square, self.sum + total)
-        self.n += len(rows)
+        mean = rows.mean(0)
+        off = rows - mean
+        around = off.T @ off
+        if self.n:
+            part, step = len(rows) / (self.n + len(rows)), mean - self.mean
+            around = self.around + around + self.n * part * torch.outer(step, step)
+            mean = self.mean + part * step
+        self.around, self.mean, self.n = around, mean, self.n + len(rows)
 
 # %% ../nbs/40_layerwise.ipynb #bfbc0234
 def _patches(module, x):
@@ -248,20 +274,24 @@ def _padding(module, axis):
 
 # %% ../nbs/40_layerwise.ipynb #8a92ca24
 class _Outside(TorchFunctionMode):
-    "While it is on, a weight that is used by something other than its layers is refused."
-    def __init__(self, name, tensor):
+    "While it is on, weights that are used by something other than their layers are refused."
+    def __init__(self, weights):
         super().__init__()
-        self.name, self.tensor, self.inside = name, tensor, 0
+        self.names, self.inside = {id(weight.tensor): name for name, weight in weights.items()}, Counter()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        used = not self.inside and any(a is self.tensor for a in args)
-        if used and isinstance(out, Tensor) and out is not self.tensor:
-            raise ValueError(f"{self.name}: a weight that layers alone use is expected, the model uses it elsewhere")
+        for used in (a for a in _leaves([args, kwargs]) if id(a) in self.names):
+            name = self.names[id(used)]
+            if not self.inside[name] and any(isinstance(o, Tensor) and o is not used for o in _leaves(out)):
+                raise ValueError(f"{name}: a weight that layers alone use is expected, the model uses it elsewhere")
         return out
 
-    def enter(self, *_): self.inside += 1
-    def leave(self, *_): self.inside -= 1
+    def watch(self, name, module):
+        "Hooks that say when a layer of a weight is at work."
+        def enter(*_): self.inside[name] += 1
+        def leave(*_): self.inside[name] -= 1
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
 def _layers_of(model, weight):
@@ -282,7 +312,7 @@ def calibrate(
     x: Tensor,  # (p, …) inputs, p at least 1; no labels are needed
     names: Iterable[str] | str | None = None,  # as in `edges`
     batch_size: int = 64,  # examples at a time
-) -> dict[str, Calibration]:  # by first name
+) -> dict[str, Calibration]:  # by first name, in the order in which layers are first called
     """What the layers of each weight read, summed over all of its uses, in evaluation mode.
 
     Raises TypeError or ValueError for no examples, inputs that are not finite, layers that are not linear, embedding or
@@ -290,19 +320,19 @@ def calibrate(
     weights, layers = _weights(model, names), {}
     _check_inputs(x, batch_size)
     for name, weight in weights.items(): layers[name] = _layers_of(model, weight)
-    hooks, modes = [], [_Outside(name, weight.tensor) for name, weight in weights.items()]
-    for mode, own in zip(modes, layers.values()):
+    hooks, order, outside = [], {}, _Outside(weights)
+    for name, own in layers.items():
         for layer in own:
-            before, after = layer.module.register_forward_pre_hook, layer.module.register_forward_hook
-            hooks += [before(layer.see), before(mode.enter), after(mode.leave)]
+            before = layer.module.register_forward_pre_hook
+            hooks += [before(layer.see, with_kwargs=True), before(lambda *_, name=name: order.setdefault(name)),
+                      *outside.watch(name, layer.module)]
     try:
-        with _mode(model, False), contextlib.ExitStack() as stack:
-            for mode in modes: stack.enter_context(mode)
+        with _mode(model, False), _eager(), outside:
             for part in x.split(batch_size): model(part)
     finally:
         for hook in hooks: hook.remove()
-    shared = _bias_uses(model)
-    return {name: _calibration(name, own, len(x), shared) for name, own in layers.items()}
+    holders = _holders(model)
+    return {name: _calibration(name, layers[name], len(x), holders) for name in dict.fromkeys([*order, *layers])}
 
 # %% ../nbs/40_layerwise.ipynb #b4938a01
 def _check_inputs(x, batch_size):
@@ -312,8 +342,8 @@ def _check_inputs(x, batch_size):
     whole(batch_size, "batch_size", 1)
 
 
-def _bias_uses(model):
-    "How many modules hold each parameter."
+def _holders(model):
+    "The modules that hold each parameter, by its id."
     found = {}
     for place in places(model).values(): found.setdefault(id(place.tensor), set()).add(id(place.owner))
     return found
@@ -321,19 +351,20 @@ def _bias_uses(model):
 
 def _calibration(name, layers, p, holders):
     "Sums of all layers of a weight, per example."
-    seen = [layer for layer in layers if layer.square is not None]
+    seen, groups, means = [layer for layer in layers if layer.n], {}, []
     need(seen, name, "a weight that the model multiplies with inputs", "one that it looks up or does not use")
-    hessian, groups = sum(layer.square for layer in seen) / p, {}
     for layer in seen:
         bias = layer.module.bias
         own = {id(other.module) for other in seen if other.module.bias is bias}
         moves = isinstance(bias, nn.Parameter) and holders.get(id(bias), set()) <= own
-        if moves: groups.setdefault(id(bias), []).append(layer)
-    means = []
-    for group in groups.values():
-        n, total = sum(layer.n for layer in group), sum(layer.sum for layer in group)
-        hessian -= torch.outer(total, total) / n / p
-        means.append((group[0].module.bias, total / n))
+        groups.setdefault(bias if moves else None, []).append(layer)
+    hessian = torch.zeros_like(seen[0].around)
+    for bias, group in groups.items():
+        mean = sum(layer.n * layer.mean for layer in group) / sum(layer.n for layer in group)
+        if bias is not None: means.append((bias, mean))
+        for layer in group:
+            off = layer.mean if bias is None else layer.mean - mean
+            hessian += (layer.around + layer.n * torch.outer(off, off)) / p
     tables = [layer.counts for layer in layers if layer.counts is not None]
     return Calibration(hessian, sum(tables) / p if tables else None, means)
 
@@ -363,7 +394,7 @@ def layerwise_(
     held = [p for p in model.parameters()]
     before, masks, rows = [p.detach().clone() for p in held], {}, {}
     try:
-        for i, name in enumerate(_called(model, weights, x)):
+        for i, name in enumerate(first):
             seen = calibrate(model, x, name, batch_size)[name] if cascade and i else first[name]
             masks[name], rows[name] = _prune_one(weights[name], seen, parts[name], pattern, method, damp, block)
         mask_(model, masks)
@@ -392,19 +423,6 @@ def _check_options(weight, sparsity, pattern, method, damp, block):
     one_of(method, "method", _METHODS), real(damp, "damp", 0)
     if block is not None: whole(block, "block", 1)
     tensor(W, weight.name, finite=True)
-
-
-def _called(model, weights, x):
-    "Names of weights in the order in which their layers are first called."
-    order, hooks = [], []
-    for name, weight in weights.items():
-        for layer in _layers_of(model, weight):
-            hooks.append(layer.module.register_forward_pre_hook(lambda *_, name=name: order.append(name)))
-    try:
-        with _mode(model, False): model(x[:1])
-    finally:
-        for hook in hooks: hook.remove()
-    return list(dict.fromkeys(order))
 
 
 def _prune_one(weight, seen, sparsity, pattern, method, damp, block):

@@ -95,13 +95,17 @@ def _all_weights(model):
         found[first] = _Weight(first, names, own[0].tensor, own, masks[0] if masks else None)
     return found
 
-
+# %% ../nbs/40_masks.ipynb #b7a1f4c2
 def _check_weight(model, weight, pseudo):
     "Raise where a weight cannot be masked in all of its places."
     t, mapped = weight.tensor, {n for d in declared_ties(model) if d.map is not None for n in d.names[1:]}
     need(not nn.parameter.is_lazy(t) and not t.is_meta, weight.name, "a weight with values", type(t))
     need(t.is_floating_point(), weight.name, "a weight of floating point numbers", t)
     for place, name in zip(weight.places, weight.names):
+        if isinstance(place.owner, torch.jit.ScriptModule):
+            raise ValueError(f"{name}: belongs to a script, which cannot change; prune the model first, then script it")
+        if getattr(place.owner, "sparse", False):
+            raise ValueError(f"{name}: belongs to a table with sparse gradients, which pass no mask; give it sparse=False")
         if isinstance(place.owner, nn.RNNBase):
             raise ValueError(f"{name}: belongs to {type(place.owner).__name__}, which reads its weights from a list "
                              "of its own and would not see a mask; name other weights, or build it of cells")
@@ -177,21 +181,24 @@ def mask_(
     Raises ValueError or TypeError, before anything changes, for names and masks that do not fit."""
     need(isinstance(masks, Mapping), "masks", "a dictionary of bool masks by name", masks, TypeError)
     found = _named(model, masks, "masks")
+    weights = _weights(model, list(found))
     for name, mask in found.items():
-        tensor(mask, f"masks[{name!r}]", shape=tuple(_weights(model, [name])[name].tensor.shape))
+        tensor(mask, f"masks[{name!r}]", shape=tuple(weights[name].tensor.shape))
         need(mask.dtype == torch.bool, f"masks[{name!r}]", "a tensor of bool", mask, TypeError)
+    new = {name: Mask(torch.ones(w.tensor.shape, dtype=torch.bool, device=w.tensor.device))
+           for name, w in weights.items() if w.mask is None}
     with _Whole(model):
-        for name, mask in found.items(): _mask_one(model, _weights(model, [name])[name], mask)
+        for name, module in new.items(): _attach(model, weights[name], module)
+    for name, mask in found.items():  # what follows cannot fail
+        _narrow(new.get(name, weights[name].mask), weights[name].tensor, mask.to(weights[name].tensor.device))
     return model
 
-
+# %% ../nbs/40_masks.ipynb #e4f60b38
 @torch.no_grad()
-def _mask_one(model, weight, mask):
-    "Mask one weight."
-    mask = mask.to(weight.tensor.device)
-    if weight.mask is None: _attach(model, weight, Mask(mask.clone()))
-    else: weight.mask.mask &= mask
-    weight.tensor.masked_fill_(~mask, 0)
+def _narrow(module, tensor, kept):
+    "Take out of a mask, and of what is masked, what is not kept."
+    module.mask &= kept
+    tensor.masked_fill_(~kept, 0)
 
 
 def _named(model, given, argument):

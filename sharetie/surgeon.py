@@ -115,10 +115,10 @@ def surgeon_(
     flat = _Flat(_weights(model, names))
     most = int(flat.left.sum()) - 1
     remove = most if remove is None else whole(remove, "remove", 0, max(most, 0))
-    before = flat.values
+    before = [w.tensor.clone() for w in flat.weights]
     try: rows = _remove(model, (x, y), loss, remove, flat, alpha, every, fine, chunk)
     except BaseException:
-        flat.write(before)
+        for w, value in zip(flat.weights, before): w.tensor.copy_(value)
         raise
     mask_(model, flat.masks())
     return pd.DataFrame(rows, columns=["weight", "index", "rise", "loss", "left"])

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .criteria import _eager
 from .errors import need, real, tensor, warn, whole
-from .layerwise import _Outside, _check_inputs, _layers_of
+from .layerwise import _Outside, _check_inputs, _check_mask, _holders, _input, _layers_of
 from .masks import _seen, _weights, mask_
-from .scores import _mode
+from .scores import _leaves, _mode
 
 # %% ../nbs/40_trimming.ipynb #591da2ff
 def _allowed(v, Y, active, radius, limit):
@@ -26,17 +27,17 @@ def _allowed(v, Y, active, radius, limit):
     return torch.where(active, Y + scale * off, torch.minimum(v, limit))
 
 
-def _shrunk(z, by, free):
-    "Numbers moved towards zero; the last `free` rows stay."
-    out = z.sign() * (z.abs() - by).clamp(min=0)
+def _shrunk(z, by, free, keep=True):
+    "Numbers moved towards zero, at it where they may not stay; the last `free` rows are as they were."
+    out = z.sign() * (z.abs() - by).clamp(min=0) * keep
     if free: out[-free:] = z[-free:]
     return out
 
 # %% ../nbs/40_trimming.ipynb #a145f9da
 class _Admm:
     "The state of the method for all columns of one layer."
-    def __init__(self, X, free):
-        self.X, self.free = X, free
+    def __init__(self, X, free, keep=True):
+        self.X, self.free, self.keep = X, free, keep
         lower = torch.linalg.cholesky(X.T @ X + torch.eye(X.shape[1], dtype=X.dtype, device=X.device))
         self.solve = lambda rhs: torch.cholesky_solve(rhs, lower)
 
@@ -48,7 +49,7 @@ class _Admm:
         "One step for all columns; both residuals of each, as parts of what they compare."
         u = self.solve(self.z - self.a + self.X.T @ (self.v - self.b))
         ahead, out = relax * u + (1 - relax) * self.z, relax * (self.X @ u) + (1 - relax) * self.v
-        z, v = _shrunk(ahead + self.a, 1 / self.rho, self.free), project(out + self.b)
+        z, v = _shrunk(ahead + self.a, 1 / self.rho, self.free, self.keep), project(out + self.b)
         apart = torch.hypot((ahead - z).norm(dim=0), (out - v).norm(dim=0))
         moved = (z - self.z + self.X.T @ (v - self.v)).norm(dim=0)
         self.a, self.b, self.z, self.v = self.a + ahead - z, self.b + out - v, z, v
@@ -70,6 +71,7 @@ def net_trim(
     relu: bool = True,  # may a unit that puts out 0 have anything below 0 before the ReLU?
     start: Tensor | None = None,  # (n, k) weights that shall be allowed, at worse inputs; epsilon grows where it must
     bias: bool = False,  # is the last row of the weights one that may be large for nothing?
+    mask: Tensor | None = None,  # (n, k) bool, false for weights that are out before
     steps: int = 2000,  # at most
     tolerance: float = 1e-3,  # of both residuals, as parts of what they compare
 ) -> Tensor:  # (n, k), with zeros
@@ -77,7 +79,7 @@ def net_trim(
 
     Warns where it has not converged. Raises TypeError or ValueError for matrices that do not fit, or bad numbers.
     Source: Aghasi et al. 2017, equations 4 and 8 (with `start`); the method is that of Boyd et al. 2011."""
-    _check_trim(X, Y, epsilon, relu, start, bias, steps, tolerance)
+    _check_trim(X, Y, epsilon, relu, start, bias, mask, steps, tolerance)
     size = X.square().sum(0).mean().sqrt()
     X, Y = X / size, Y / size
     active, limit = (Y > 0, torch.zeros_like(Y)) if relu else (torch.ones_like(Y, dtype=torch.bool), Y)
@@ -86,7 +88,7 @@ def net_trim(
         out = X @ start
         limit = torch.maximum(limit, out)
         radius = torch.maximum(radius, 1.1 * (out - Y).masked_fill(~active, 0).norm(dim=0))
-    run = _Admm(X, int(bias))
+    run = _Admm(X, int(bias), True if mask is None else mask)
     run.start(torch.zeros(X.shape[1], Y.shape[1]).to(Y) if start is None else start.clone())
     def project(v): return _allowed(v, Y, active, radius, limit)
     for n in range(steps):
@@ -98,7 +100,7 @@ def net_trim(
     return run.z
 
 # %% ../nbs/40_trimming.ipynb #9cf2d875
-def _check_trim(X, Y, epsilon, relu, start, bias, steps, tolerance):
+def _check_trim(X, Y, epsilon, relu, start, bias, mask, steps, tolerance):
     "Raise where `net_trim` could not begin."
     tensor(X, "X", floating=True, ndim=2, filled=True, finite=True)
     tensor(Y, "Y", floating=True, shape=(len(X), None), filled=True, finite=True)
@@ -108,6 +110,7 @@ def _check_trim(X, Y, epsilon, relu, start, bias, steps, tolerance):
     need(not relu or bool((Y >= 0).all()), "Y", "outputs of at least 0, with relu=True,", "some below")
     need(bool((X != 0).any()), "X", "inputs that are not all 0", "zeros")
     if start is not None: tensor(start, "start", floating=True, shape=(X.shape[1], Y.shape[1]), finite=True)
+    if mask is not None: _check_mask(mask, (X.shape[1], Y.shape[1]))
     real(epsilon, "epsilon", 0), whole(steps, "steps", 1), real(tolerance, "tolerance", above=0)
 
 # %% ../nbs/40_trimming.ipynb #6c8dd378
@@ -115,34 +118,42 @@ class _Readers(TorchFunctionMode):
     "Notes which functions are called of the outputs of layers, and the inputs and outputs themselves."
     def __init__(self): super().__init__(); self.rows, self.over = [], set()
 
-    def note(self, module, inputs, out):
-        self.rows.append((inputs[0].detach().flatten(0, -2), out.detach().clone().flatten(0, -2), out, set()))
+    def note(self, module, args, kwargs, out):
+        self.rows.append((_input(args, kwargs).detach().flatten(0, -2), out.detach().clone().flatten(0, -2), out, set()))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for *_, out, names in self.rows:
-            if id(out) in self.over or not any(a is out for a in args) or not isinstance(result, Tensor): continue
+            reads = id(out) not in self.over and any(a is out for a in _leaves([args, kwargs or {}]))
+            if not reads or not any(isinstance(r, Tensor) for r in _leaves(result)): continue
             names.add(func.__name__.rstrip("_"))
             if result is out: self.over.add(id(out))  # what was computed in place is no output of the layer any more
         return result
 
+    def returned(self, result):
+        "Note outputs of layers that are outputs of the model."
+        for *_, out, names in self.rows:
+            if id(out) not in self.over and any(r is out for r in _leaves(result)): names.add("return")
 
+# %% ../nbs/40_trimming.ipynb #c85d20e9
 def _linear(model, weight):
     "The one linear layer of a weight."
     layers = _layers_of(model, weight)
     fine = len(layers) == 1 and isinstance(layers[0].module, nn.Linear)
     need(fine, weight.name, "the weight of one linear layer", [layer.module for layer in layers])
+    bias = layers[0].module.bias
+    own = bias is None or isinstance(bias, nn.Parameter) and len(_holders(model)[id(bias)]) == 1
+    need(own, weight.name, "a layer whose bias is its own, and not masked,", layers[0].module)
     return layers[0].module
 
 
 def _observed(model, weight, module, x, batch_size):
     "Inputs and outputs of a layer over all of its calls, and whether a ReLU alone reads them."
-    readers, outside = _Readers(), _Outside(weight.name, weight.tensor)
-    hooks = [module.register_forward_pre_hook(outside.enter), module.register_forward_hook(outside.leave),
-             module.register_forward_hook(readers.note)]
+    readers, outside = _Readers(), _Outside({weight.name: weight})
+    hooks = [*outside.watch(weight.name, module), module.register_forward_hook(readers.note, with_kwargs=True)]
     try:
-        with _mode(model, False), outside, readers:
-            for part in x.split(batch_size): model(part)
+        with _mode(model, False), _eager(), outside, readers:
+            for part in x.split(batch_size): readers.returned(model(part))
     finally:
         for hook in hooks: hook.remove()
     need(readers.rows, weight.name, "a layer that the model calls", "one that it does not")
@@ -174,7 +185,7 @@ def trim_(
     held = list(model.parameters())
     before, masks, rows = [p.detach().clone() for p in held], {}, {}
     try:
-        for name in _in_order(model, modules, x):
+        for name in _in_order(model, modules, x, batch_size):
             inputs, outputs, relu = seen[name]
             if cascade: inputs = _observed(model, weights[name], modules[name], x, batch_size)[0]
             new = _trim_one(weights[name], modules[name].bias, inputs, outputs, relu, epsilon, steps, tolerance)
@@ -186,12 +197,13 @@ def trim_(
     return pd.DataFrame.from_dict(rows, orient="index", columns=["size", "left", "error", "relu"])
 
 # %% ../nbs/40_trimming.ipynb #07fa8f6b
-def _in_order(model, modules, x):
+def _in_order(model, modules, x, batch_size):
     "Names of weights in the order in which their layers are first called."
     order = []
     hooks = [m.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, m in modules.items()]
     try:
-        with _mode(model, False): model(x[:1])
+        with _mode(model, False):
+            for part in x.split(batch_size): model(part)
     finally:
         for hook in hooks: hook.remove()
     return list(dict.fromkeys(order))
@@ -199,11 +211,13 @@ def _in_order(model, modules, x):
 
 def _trim_one(weight, bias, X, Z, relu, epsilon, steps, tolerance):
     "New weights and bias of one layer; its mask, and a row about it."
-    Y, start = Z.relu() if relu else Z, _seen(weight).detach().T
+    exact = torch.promote_types(weight.tensor.dtype, torch.float32)
+    X, Z, start = X.to(exact), Z.to(exact), _seen(weight).detach().T.to(exact)
+    Y, mask = Z.relu() if relu else Z, None if weight.mask is None else weight.mask.mask.T
     if bias is not None:
-        X, start = torch.cat([X, torch.ones_like(X[:, :1])], 1), torch.cat([start, bias.detach()[None]])
-    new = net_trim(X, Y, epsilon, relu, start.contiguous(), bias is not None, steps, tolerance)
-    if weight.mask is not None: new[:weight.tensor.shape[1]] *= weight.mask.mask.T
+        X, start = torch.cat([X, torch.ones_like(X[:, :1])], 1), torch.cat([start, bias.detach()[None].to(exact)])
+        if mask is not None: mask = torch.cat([mask, torch.ones_like(mask[:1])])
+    new = net_trim(X, Y, epsilon, relu, start.contiguous(), bias is not None, mask, steps, tolerance)
     out = X @ new
     error = ((out.relu() if relu else out) - Y).norm() / Y.norm().clamp(min=1e-12)
     if bias is not None: bias.copy_(new[-1])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sharetie.checking import check_ties
+from sharetie.embeddings import ScaledEmbedding
 from sharetie.layerwise import _METHODS as METHODS, calibrate, layerwise_, prune_rows, refit
 from sharetie.making import tie_
 from sharetie.masks import edges, magnitude, masks_of, prune_, sparsity_of
@@ -372,7 +373,7 @@ def test_bad_weights_change_nothing():
 
 W, H = torch.rand(3, 4), torch.eye(4)
 ROWS = {"W": (dict(W=torch.rand(4)), ValueError), "H": (dict(H=torch.eye(3)), ValueError), "types": (dict(H=H.double()), ValueError), "nan": (dict(W=W * torch.nan), ValueError),
-        "mask": (dict(mask=torch.ones(3, 3, dtype=torch.bool)), ValueError), "not definite": (dict(H=-H), ValueError), "zeros": (dict(H=0 * H), ValueError), "kind": (dict(W=3), TypeError)}
+        "mask": (dict(mask=torch.ones(3, 3, dtype=torch.bool)), ValueError), "not definite": (dict(H=-H), ValueError), "zeros": (dict(H=0 * H), ValueError), "kind": (dict(W=3), TypeError), "mask": (dict(mask=torch.ones(3, 4)), TypeError)}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -388,3 +389,131 @@ def test_a_singular_matrix_without_damping_is_refused():
 @pytest.mark.parametrize("mask, error", [(torch.ones(3, 4), TypeError), (torch.ones(2, 4, dtype=torch.bool), ValueError), (None, TypeError)])
 def test_bad_masks(mask, error):
     with pytest.raises(error): refit(W, H, mask)
+
+
+# What is out before, what reads weights, what is not a layer
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options, left", [({"sparsity": .3}, 30), ({"sparsity": .5}, 30), ({"sparsity": .7}, 18), ({"pattern": "2:4"}, 20)])
+def test_what_is_out_comes_back_for_no_method(method, options, left):
+    "Half of the columns are out, more than a block or a pattern takes out itself; what stays has its best values."
+    W, H = problem()
+    known = torch.ones_like(W, dtype=torch.bool)
+    known[:, :6] = False
+    new, mask = prune_rows(W * known, H, method=method, mask=known, damp=0, block=4, **options)
+    assert not (mask & ~known).any() and (new[~known] == 0).all() and int(mask.sum()) == left
+    if method != "block" or left == 30: torch.testing.assert_close(new, refit(W * known, H, mask))
+    if method == "greedy" and "sparsity" in options:  # the same as the smaller problem of the columns that are left
+        assert torch.equal(mask[:, 6:], prune_rows(W[:, 6:], H[6:, 6:], 1 - left / 30, method=method, damp=0)[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_error_after_masks_of_before_is_what_happens(method):
+    model, x = network()
+    prune_(model, magnitude(model), .75)
+    before = model[2](model[0](x).relu()).detach()
+    inputs, masks = model[0](x).relu().detach(), {n: m.clone() for n, m in masks_of(model).items()}
+    table = layerwise_(model, x, pattern="2:4", names="2.weight", method=method)
+    change = model[2](inputs).detach() - before
+    assert not (masks_of(model)["2.weight"] & ~masks["2.weight"]).any()
+    assert table["error"].item() == pytest.approx((change.square().sum() / (before - before.mean(0)).square().sum()).item(), rel=1e-3)
+    assert table["left"].item() == int(masks_of(model)["2.weight"].sum())
+
+
+class Experts(nn.Module):
+    "Two layers, each for some of the examples."
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for layer, own in zip(self.layers, (x[:, 0] > 0, x[:, 0] <= 0)):
+            if own.any(): out[own] = layer(x[own])
+        return out
+
+
+def test_a_layer_that_the_first_example_does_not_reach_is_pruned_too():
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(30, 4)
+    table = layerwise_(model, x, .5, batch_size=1)
+    assert sorted(table.index) == ["layers.0.weight", "layers.1.weight"] and table["left"].tolist() == [8, 8]
+
+
+def named(x, layer): return F.linear(layer(x), weight=layer.weight)
+def listed(x, layer): return layer(x) @ torch.cat([layer.weight, layer.weight])[:5]
+
+
+@pytest.mark.parametrize("f", [named, listed])
+def test_other_uses_are_seen_however_they_are_written(f):
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 5)
+
+        def forward(self, x): return f(x, self.layer)
+
+    with pytest.raises(ValueError, match="uses it elsewhere"): layerwise_(Other(), torch.rand(9, 5), .5)
+
+
+def test_layers_with_a_forward_of_their_own_are_refused():
+    class Cosine(nn.Linear):
+        def forward(self, x): return F.linear(x, F.normalize(self.weight, dim=1))
+
+    with pytest.raises(ValueError, match="a weight of linear layers.* got Cosine"): layerwise_(nn.Sequential(Cosine(4, 3)), torch.rand(9, 4), .5)
+
+
+def test_inputs_by_name():
+    class ByName(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x): return self.layer(input=x)
+
+    model, x = ByName(), torch.rand(9, 4)
+    torch.testing.assert_close(calibrate(model, x)["layer.weight"].hessian, torch.cov(x.T, correction=0))
+
+
+def test_a_scaled_table_errs_by_its_scale():
+    torch.manual_seed(0)
+    words, x = Words(), torch.randint(12, (20, 5))
+    words.table = ScaledEmbedding(12, 4)
+    words.head.weight = words.table.weight
+    before, hidden = words.table.weight.detach().clone(), torch.tanh(words.body(words.table(x))).detach()
+    table = layerwise_(words, x, .5, names="table.weight")
+    change = words.table.weight.detach() - before
+    def size(W): return (hidden @ W.T).square().sum() + (2 * W[x]).square().sum()
+    assert table["error"].item() == pytest.approx((size(change) / size(before)).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_singular_matrices_are_refused(method):
+    singular = torch.diag(torch.tensor([1., 1., 1., 0.]))
+    with pytest.raises(ValueError, match="damp: a larger number"): prune_rows(W, singular, .5, method=method, damp=0)
+    with pytest.raises(ValueError, match="H: one that is positive definite"): refit(W, singular, torch.ones(3, 4, dtype=torch.bool))
+
+
+def test_a_compiled_model_is_pruned_as_it_is_written():
+    model, x = network()
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    layerwise_(compiled, x, .5), layerwise_(model, x, .5)
+    for name, w in edges(model).items(): torch.testing.assert_close(edges(compiled)[f"_orig_mod.{name}"], w)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_inputs_far_from_zero_have_their_covariance():
+    "Batch by batch and in single precision, where a difference of sums of squares would leave nothing."
+    torch.manual_seed(0)
+    x = 1000 + torch.randn(50, 4)
+    exact = torch.cov(x.double().T, correction=0).float()
+    torch.testing.assert_close(calibrate(nn.Linear(4, 3), x, batch_size=7)["weight"].hessian, exact, rtol=1e-3, atol=1e-3)
+    layer = nn.Linear(4, 4)
+    both = nn.Sequential(layer, nn.Identity(), layer)
+    inputs = torch.cat([x, layer(x).detach()]).double()
+    torch.testing.assert_close(calibrate(both, x, batch_size=7)["0.weight"].hessian, 2 * torch.cov(inputs.T, correction=0).float(), rtol=1e-4, atol=1e-2)
+
+
+def test_hundreds_of_layers_are_calibrated_at_once():
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(400)])
+    assert len(calibrate(model, torch.rand(3, 2))) == 400

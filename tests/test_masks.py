@@ -395,3 +395,64 @@ def test_a_layer_that_loses_all_gives_a_warning():
 def test_a_mask_needs_bools():
     with pytest.raises(TypeError, match="mask: a tensor of bool is expected"): Mask(torch.ones(2))
     assert pickle.loads(pickle.dumps(Mask(torch.tensor([True, False])))).mask.tolist() == [True, False]
+
+
+def test_many_weights_are_masked_in_one_look_at_the_model(monkeypatch):
+    "The time goes with the number of weights, not with its square."
+    import sharetie.masks as masks
+    looks, real = [], masks.find_ties
+    monkeypatch.setattr(masks, "find_ties", lambda m: (looks.append(1), real(m))[1])
+    counts = []
+    for layers in (2, 12):
+        looks.clear()
+        model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)])
+        prune_(model, {f"{i}.weight": torch.rand(2, 2) for i in range(layers)}, .5)
+        counts.append(len(looks))
+    assert counts[0] == counts[1]
+
+
+def test_a_failure_on_the_way_undoes_all(monkeypatch):
+    import sharetie.masks as masks
+    model, calls, real = plain(), [], masks._attach
+    before = copy.deepcopy(model.state_dict())
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 2: raise MemoryError
+        return real(*args)
+    monkeypatch.setattr(masks, "_attach", failing)
+    with pytest.raises(MemoryError): prune_(model, magnitude(model), .5)
+    assert list(model.state_dict()) == list(before) and all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_script_is_refused():
+    model = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="weight: belongs to a script"): prune_(model, {"weight": torch.rand(2, 2)}, .5)
+
+
+def test_a_table_with_sparse_gradients_is_refused():
+    model = nn.Embedding(5, 3, sparse=True)
+    with pytest.raises(ValueError, match="weight: belongs to a table with sparse gradients"): prune_(model, {"weight": torch.rand(5, 3)}, .5)
+    assert not masks_of(model)
+
+
+# Against others
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_torch_takes_out_the_same_where_nothing_is_shared(scope):
+    from torch.nn.utils import prune as theirs
+    torch.manual_seed(0)
+    model = plain()
+    other = copy.deepcopy(model)
+    prune_(model, magnitude(model), .6, scope=scope)
+    layers = [(other[0], "weight"), (other[2], "weight")]
+    if scope == "global": theirs.global_unstructured(layers, theirs.L1Unstructured, amount=.6)
+    else: [theirs.l1_unstructured(*layer, .6) for layer in layers]
+    for own, (layer, _) in zip(masks_of(model).values(), layers): assert torch.equal(own, layer.weight_mask.bool())
+    assert torch.equal(model(torch.ones(1, 6)), other(torch.ones(1, 6)))
+
+
+@given(some.integers(0, 30), some.integers(1, 20), some.integers(0, 10), some.floats(.5, .95), some.floats(0, .4))
+def test_what_is_still_to_go_falls_with_the_cube_of_the_steps_left(step, count, start, final, initial):
+    left = (final - gradual_sparsity(step, final, count, start, initial)) / (final - initial)
+    steps_left = min(max(count + start - step, 0), count)
+    assert left * count ** 3 == pytest.approx(steps_left ** 3, abs=1e-6)

@@ -73,3 +73,49 @@ def test_bad_input_changes_nothing(options, error, match):
     before = copy.deepcopy(model)
     with pytest.raises(error, match=match): prune_edges_(model, **({"data": data, "loss": F.cross_entropy, "sparsity": .5} | options))
     assert not masks_of(model) and all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
+
+
+def by_hand(model, x, y, method):
+    "Scores from autograd and formulas, for a network of two layers with ReLU between."
+    F.cross_entropy(model(x), y).backward()
+    first, last = model[0].weight.detach(), model[2].weight.detach()
+    if method == "magnitude": return [first.abs(), last.abs()]
+    if method == "taylor": return [(w * w.grad).abs().detach() for w in (model[0].weight, model[2].weight)]
+    h, p = model[0](x).relu().detach(), model(x).softmax(1).detach()
+    back = p * (1 - p) / len(x)
+    inner = back @ last.square() * (h > 0)
+    return [inner.T @ x.square() * first.square() / 2, back.T @ h.square() * last.square() / 2]
+
+
+@pytest.mark.parametrize("method", METHODS[:3])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_what_goes_has_the_lowest_scores_made_by_hand(method, scope):
+    model, (x, y) = network()
+    scores = by_hand(copy.deepcopy(model), x, y, method)
+    prune_edges_(model, (x, y), F.cross_entropy, .5, method=method, scope=scope)
+    kept = list(masks_of(model).values())
+    if scope == "global": scores, kept = ([torch.cat([t.flatten() for t in part])] for part in (scores, kept))
+    for s, m in zip(scores, kept): assert int(m.sum()) == m.numel() // 2 and s[m].min() >= s[~m].max()
+
+
+WORK = {"taylor": lambda m, d: pruning.taylor(m, d, F.cross_entropy), "obd": lambda m, d: pruning.obd(m, d, F.cross_entropy), "cross": lambda m, d: pruning.obd(m, d, F.cross_entropy, cross=True),
+        "calibrate": lambda m, d: pruning.calibrate(m, d[0]), "surgeon": lambda m, d: pruning.surgeon_(m, d, F.cross_entropy, 3), "layerwise": lambda m, d: pruning.layerwise_(m, d[0], .5),
+        "trim": lambda m, d: pruning.trim_(m, d[0], .3, "7.weight")}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_statistics_modes_and_hooks_are_as_they_were(name):
+    "Of a model in training, with a part of it in evaluation."
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Dropout(.5), nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    data = torch.rand(20, 1, 3, 3), torch.randint(4, (20,))
+    model(data[0])
+    model[6].eval()
+    model[7].bias.requires_grad_(False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    WORK[name](model, data)
+    assert [m.training for m in model] == [True] * 6 + [False, True]
+    assert [p.requires_grad for p in model[7].parameters()].count(False) == 1
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not hasattr(m, "_one_value"))
+    kept = [n for n in before if "running" in n or "tracked" in n or not name.endswith(("surgeon", "layerwise", "trim"))]
+    assert len(kept) >= 6 and all(torch.equal(model.state_dict()[n], before[n]) for n in kept)

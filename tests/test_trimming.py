@@ -11,7 +11,7 @@ from torch import nn
 
 from sharetie.checking import check_ties
 from sharetie.making import tie_
-from sharetie.masks import edges, magnitude, masks_of, prune_
+from sharetie.masks import edges, magnitude, mask_, masks_of, prune_
 from sharetie.trimming import net_trim, trim_
 from sharetie.views import Transpose
 
@@ -214,7 +214,7 @@ def test_bad_input_changes_nothing(name):
 
 X, Y = torch.rand(5, 3), torch.rand(5, 2)
 MATRICES = {"X": (dict(X=X[0]), ValueError), "Y": (dict(Y=Y[:3]), ValueError), "types": (dict(Y=Y.double()), ValueError), "below 0": (dict(Y=-Y), ValueError), "nan": (dict(X=X * torch.nan), ValueError),
-            "zeros": (dict(X=0 * X), ValueError), "start": (dict(start=torch.rand(2, 2)), ValueError), "relu": (dict(relu=1), TypeError), "bias": (dict(bias=1), TypeError), "kind": (dict(X=3), TypeError)}
+            "zeros": (dict(X=0 * X), ValueError), "start": (dict(start=torch.rand(2, 2)), ValueError), "relu": (dict(relu=1), TypeError), "bias": (dict(bias=1), TypeError), "mask": (dict(mask=torch.ones(3, 2)), TypeError), "size of mask": (dict(mask=torch.ones(2, 2, dtype=torch.bool)), ValueError), "kind": (dict(X=3), TypeError)}
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -236,3 +236,102 @@ def test_a_failure_on_the_way_undoes_all(monkeypatch):
         warnings.simplefilter("ignore")
         trim_(model, x, .1, steps=50)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def read_by(f):
+    "A layer of which `f` reads."
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x): return f(self.a(x))
+
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.mark.parametrize("f, wanted", [(lambda h: torch.cat([h.relu(), h], 1), False), (lambda h: (h.relu(), h), False), (lambda h: {"all": [h.relu(), h]}, False), (lambda h: h.relu() + torch.mul(2, other=h), False),
+    (lambda h: h.relu() + h.chunk(2, 1)[0].repeat(1, 2), False), (lambda h: (h.relu(), h.shape), True), (lambda h: (h.relu_(), h), True), (lambda h: torch.relu(input=h), True)])
+def test_all_readers_of_a_layer_count(f, wanted):
+    assert trim_(read_by(f), torch.randn(30, 4), .1)["relu"].item() == wanted
+
+
+def test_a_mask_is_part_of_the_program():
+    "A unit with inputs that are out has the program of the inputs that are left."
+    X, W = planted()
+    mask = torch.rand(8, 5) > .3
+    W, steps = W * mask, dict(steps=5000, tolerance=1e-6)
+    Y = (X @ W).relu()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = net_trim(X, Y, .2, mask=mask, **steps)
+        for u, y, own in zip(found.T, Y.T, mask.T):
+            if not y.any(): continue
+            assert (u[~own] == 0).all()
+            torch.testing.assert_close(u[own], net_trim(X[:, own], y[:, None], .2, **steps)[:, 0], atol=1e-2, rtol=1e-2)
+
+
+def test_after_pruning_the_error_is_still_the_one_allowed():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3)), torch.randn(200, 20)
+    prune_(model, magnitude(model), .5)
+    table = trim_(model, x, .2, names="0.weight", tolerance=1e-4)
+    assert table["error"].item() <= .2001 and (model[0].weight != 0).sum() == table["left"].item() <= 300
+
+
+def test_biases_that_others_read_or_that_are_masked_are_refused():
+    masked, x = network()
+    mask_(masked, {"0.bias": torch.rand(10) > .5})
+    shared = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    shared[2].bias = shared[0].bias
+    for model in (shared, masked):
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match="a layer whose bias is its own, and not masked"): trim_(model, x, .1)
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_a_layer_that_the_first_example_does_not_reach_is_trimmed_too():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x): return (self.one if x[0, 0] > 0 else self.other)(x)
+
+    torch.manual_seed(0)
+    table = trim_(Experts(), torch.randn(20, 4), .3, batch_size=1)
+    assert sorted(table.index) == ["one.weight", "other.weight"] and (table["left"] < 16).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_trimmed_in_single(dtype):
+    model, x = network()
+    half = copy.deepcopy(model).to(dtype)
+    table, exact = trim_(half, x.to(dtype), .1, names="0.weight"), trim_(model, x, .1, names="0.weight")
+    assert half[0].weight.dtype == dtype and (table["error"] < 1.2 * exact["error"]).all() and (table["left"] - exact["left"]).abs().max() <= 4
+
+
+def convex_program(X, y, epsilon, relu, start):
+    "The least absolute sum for one unit by SciPy, u = p - q with p and q of at least 0."
+    on, out = (y > 0 if relu else np.ones(len(y), bool)), np.zeros(len(y)) if start is None else X @ start
+    radius = max(epsilon * np.linalg.norm(y), 0 if start is None else 1.1 * np.linalg.norm((out - y)[on]))
+    def made(s): return X @ (s[:X.shape[1]] - s[X.shape[1]:])
+    rules = [{"type": "ineq", "fun": lambda s: radius ** 2 - np.sum((made(s) - y)[on] ** 2)}]
+    if not on.all(): rules.append({"type": "ineq", "fun": lambda s: (np.maximum(out, 0) - made(s))[~on]})
+    u = np.linalg.lstsq(X, y, rcond=None)[0] if start is None else start
+    return scipy.optimize.minimize(np.sum, np.concatenate([np.maximum(u, 0), np.maximum(-u, 0)]), jac=np.ones_like, bounds=[(0, None)] * 2 * len(u),
+                                   constraints=rules, method="SLSQP", options={"maxiter": 500}).fun
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("worse", [False, True])
+@pytest.mark.filterwarnings("ignore:.*have not converged")
+def test_the_program_of_a_cascade_and_that_without_a_relu(relu, worse):
+    "Outputs of whole inputs, from inputs of which some are lost: the old weights set the limits."
+    X, W = planted()
+    Y = (X @ W).relu() if relu else X @ W
+    inputs = X * (torch.rand(40, 8) > .1) if worse else X
+    found = net_trim(inputs, Y, .2, relu, start=W if worse else None, steps=5000, tolerance=1e-5)
+    for u, y, w in zip(found.T, Y.T, W.T):
+        assert u.abs().sum().item() == pytest.approx(convex_program(inputs.numpy(), y.numpy(), .2, relu, w.numpy() if worse else None), rel=5e-3, abs=1e-3)
