@@ -318,12 +318,14 @@ def _tie_group(model, found, computed, members, map=None, trained=None, padding=
     _check_padding(members, map, padding)
     _warn(members, padding)
     source, *others = members
+    places = {(id(p.owner), p.attribute): p for p in others}.values()
+    if map is not None:
+        for place in places: _compute(place, source.tensor, map, found, computed)
+    else:
+        same = {p.name: p for place in places for p in _aliases(found, place.tensor)}
+        _put(same.values(), source.tensor)
+        found.update((name, p._replace(tensor=source.tensor)) for name, p in same.items())
     if trained is not None: source.tensor.requires_grad_(trained)
-    for place in {(id(p.owner), p.attribute): p for p in others}.values():
-        if map is not None: _compute(place, source.tensor, map, found, computed)
-        else:
-            _put(same := _aliases(found, place.tensor), source.tensor)
-            found.update((p.name, p._replace(tensor=source.tensor)) for p in same)
     _declare(model, Declared(tuple(place.name for place in members), map, source.kind))
     if padding is not None: _set_padding(members, padding)
     return source.name
@@ -340,8 +342,16 @@ def _compute(place, source, map, found, computed):
 
 
 def _put(places, tensor):
-    "Put a tensor in places, each as its owner expects it to be put."
-    for place in places: setattr(place.owner, place.attribute, tensor)
+    "Put a tensor in places, each as its owner expects it to be put; in none if an owner refuses it."
+    done = []
+    try:
+        for owner, attribute in ((place.owner, place.attribute) for place in places):
+            old = getattr(owner, attribute)
+            setattr(owner, attribute, tensor)
+            done.append((owner, attribute, old))
+    except Exception:
+        for owner, attribute, old in done: setattr(owner, attribute, old)
+        raise
 
 # %% ../nbs/02_making.ipynb #fd809745
 def _changeable(model):

@@ -404,6 +404,20 @@ def test_tie_refuses_before_anything_changes(prepare, members, options, error, m
     assert state(model) == before
 
 
+class Stubborn(nn.Linear):
+    "A layer that lets nobody set its weight once it is made."
+    def __setattr__(self, name, value):
+        if name == "weight" and "weight" in self._parameters: raise RuntimeError("weight is mine")
+        super().__setattr__(name, value)
+
+
+def test_tie_is_whole_or_nothing_where_an_owner_refuses():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": Stubborn(3, 3)})
+    before = state(model)
+    with pytest.raises(RuntimeError, match="weight is mine"): tie_(model, ["a.weight", "b.weight", "c.weight"], trained=False)
+    assert state(model) == before
+
+
 def test_lazy_modules_are_named():
     def lazy(*names):
         model = Words()
