@@ -150,6 +150,9 @@ def _check_same(expected, got, exact):
     if a != b: raise ValueError(f"units: without them the model puts out tensors of {b}, and not of {a}")
     for v, w in zip(expected, got):
         if not exact or not v.is_floating_point() or v.is_meta: continue
+        if v.numel() and not v.isfinite().any():
+            raise ValueError("inputs: some that the model answers by a finite number are expected, or no outputs can be "
+                             "compared, got none; exact=False removes units nevertheless")
         limit = torch.finfo(v.dtype).eps ** .5 * max(1e-30, v.abs().nan_to_num().max().item() if v.numel() else 0)
         if torch.allclose(v, w, rtol=0, atol=limit, equal_nan=True): continue
         raise ValueError(f"units: without them the model is not what it is with zeros in their place: outputs differ by "
