@@ -240,3 +240,18 @@ BAD = {
 def test_bad_input(case):
     call, error, text = BAD[case]
     with pytest.raises(error, match=text): call()
+
+
+def test_a_class_that_both_rule_out_is_none():
+    z, v = torch.tensor([[0., 1., -torch.inf]], requires_grad=True), torch.tensor([[1., 0., -torch.inf]])
+    loss = soft_loss(z, v, 2.)
+    torch.testing.assert_close(loss, soft_loss(z[:, :2], v[:, :2], 2.))
+    loss.backward()
+    torch.testing.assert_close(z.grad[:, :2], 2 * ((z / 2).softmax(1) - (v / 2).softmax(1)).detach()[:, :2])
+    assert z.grad[0, 2] == 0
+
+
+def test_a_teacher_that_answers_no_number():
+    teacher = nn.Linear(3, 2).train()
+    with pytest.raises(ValueError, match="scores of the teacher: numbers are expected, got 8 of 8 that are NaN"): teach(teacher, (torch.full((4, 3), torch.nan), None))
+    assert teacher.training
