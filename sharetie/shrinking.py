@@ -193,7 +193,8 @@ def remove_units_(
     """Remove units from a model, in every tensor that has a part of them; ties and parameters stay what they are.
 
     Raises TypeError or ValueError for units that do not exist, that cannot be removed or would leave a layer
-    empty, and for an optimizer whose state does not follow; then nothing has changed."""
+    empty, for inputs without a finite answer, and for an optimizer whose state does not follow; then nothing has
+    changed."""
     graph = trace_units(model, *inputs)
     chosen = chosen_units(graph, units, exact)
     if not chosen: return {}
