@@ -124,6 +124,29 @@ def test_onorm_by_hand():
     torch.testing.assert_close(activity(model, data)["0"], size)
 
 
+def test_onorm_of_channels_by_hand():
+    "Positions of a channel and the readers of it count alike, in whatever layout they are read."
+    model, (x, y), _ = setting("residual")
+    with torch.no_grad():
+        h = model.norm(model.stem(x)).sigmoid()
+        s = h + model.outer(model.inner(h).tanh())
+        flat = F.avg_pool2d(model.last(s).sigmoid(), 2)
+    def rms(*values): return (sum(v.square().mean((0, 2, 3)) for v in values) / len(values)).sqrt()
+    sizes, plain = activity(model, (x, y)), onorm(model, (x, y), scaled=False)
+    torch.testing.assert_close(sizes["stem"], rms(h, s))
+    torch.testing.assert_close(sizes["last"], rms(flat))
+    torch.testing.assert_close(plain["stem"], (model.inner.weight.abs().mean((0, 2, 3)) + model.last.weight.abs().mean((0, 2, 3))).detach() / 2)
+    torch.testing.assert_close(plain["last"], model.head.weight.view(3, 2, 9).abs().mean((0, 2)).detach())
+
+
+def test_onorm_of_channels_read_in_groups():
+    "Channel j of both groups is one unit."
+    set_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3, groups=2), nn.Conv2d(4, 1, 1)).double(), torch.randn(5, 1, 7, 7).double()
+    found = onorm(model, (x, x), layers="0", scaled=False)["0"]
+    torch.testing.assert_close(found, model[2].weight.abs().mean((0, 2, 3)).detach().repeat(2))
+
+
 @pytest.mark.parametrize("factor", [.1, 7.])
 def test_rescaling_a_relu_unit_changes_no_score(factor):
     set_seed(0)

@@ -352,3 +352,15 @@ def test_inputs_on_which_nothing_can_be_compared():
     assert equal(before, snapshot(model))
     remove_units_(model, {"0": [1]}, x, exact=False)
     assert model[0].out_features == 4
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_are_cut_as_they_are(sparse):
+    set_seed(0)
+    model, x = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Tanh(), nn.Linear(4, 2)), torch.tensor([[1, 2], [3, 3]])
+    model(x).square().sum().backward()
+    wanted = [p.grad.to_dense() for p in model.parameters()]
+    remove_units_(model, {"0": [1]}, x)
+    stay = [0, 2, 3]
+    for p, grad in zip(model.parameters(), (wanted[0][:, stay], wanted[1][:, stay], wanted[2])): assert torch.equal(p.grad.to_dense(), grad)
+    assert model[0].weight.grad.is_sparse == sparse
