@@ -32,6 +32,7 @@ def soft_loss(
     _check_scores(student, teacher)
     t = real(temperature, "temperature", above=0)
     answer, wanted = (student / t).log_softmax(-1), (teacher.detach() / t).softmax(-1)
+    answer = answer.masked_fill(wanted == 0, 0)  # what cannot be adds nothing, also where the student knows it too
     return t * t * F.kl_div(answer, wanted, reduction="none").sum(-1).mean()
 
 
@@ -85,7 +86,10 @@ def _answers(teacher, x, batch_size):
     "The scores of a teacher for all examples."
     with _mode(teacher, False), torch.no_grad():
         parts = [teacher(part) for part, _ in _batches((x, x), batch_size, _device(None, teacher))]
-    for part in parts: tensor(part, "scores of the teacher", floating=True, filled=True)
+    for part in parts:
+        tensor(part, "scores of the teacher", floating=True, filled=True)
+        bad = int(part.isnan().sum())
+        if bad: raise ValueError(f"scores of the teacher: numbers are expected, got {bad} of {part.numel()} that are NaN")
     return torch.cat(parts)
 
 # %% ../nbs/41_distillation.ipynb #eb863f22

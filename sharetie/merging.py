@@ -13,20 +13,19 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import need, one_of, real, tensor, whole
 from .finding import places
-from .nodes import Probe, _inputs, _no_loss, _positions, _weight
+from .nodes import Probe, _count, _inputs, _no_loss, _positions, _read_axis, _weight
 from .shrinking import chosen_units, remove_units_
 from .surgery import sites
 from .tracing import trace_units
 
 # %% ../nbs/40_merging.ipynb #24328abe
 def _reading(model, graph, units):
-    "(Name, module, units there, places) of the layers that read some of these units; ValueError where one is tied."
-    rows, found = [], {id(s.tensor): s for s in sites(model)}
-    uses = [id(s.tensor) for s in sites(model)]
+    "(Name, module) of the layers that read some of these units; ValueError where one is tied."
+    rows, uses = [], [id(s.tensor) for s in sites(model)]
     for name, (_, own) in graph.readers.items():
         if not np.isin(own, list(units)).any(): continue
         module = model.get_submodule(name)
@@ -34,9 +33,7 @@ def _reading(model, graph, units):
         tied = w is None or uses.count(id(w)) > 1 or getattr(module, "groups", 1) > 1
         if tied: raise ValueError(f"model: {name}.weight is tied, computed or in groups, and merging would change it "
                                   "in its other roles; remove without merging, or untie_ it")
-        twice = np.isin(graph.axes[found[id(w)].names[0]][0], own).any() and not getattr(module, "transposed", False)
-        need(not twice, "model", f"a layer {name!r} that does not read what it makes", "one that does")
-        rows.append((name, module, *_positions(own)))
+        rows.append((name, module))
     for unit in units:
         if unit in graph.loose: raise ValueError(f"model: units are read by {graph.loose[unit]}, which cannot take over")
     return rows
@@ -44,16 +41,28 @@ def _reading(model, graph, units):
 # %% ../nbs/40_merging.ipynb #4559094b
 def _incoming(model, graph, units, readers):
     "All slices of units but those by which they are read, (units, numbers)."
-    held, read = places(model), {id(module.weight) for _, module, *_ in readers}
+    held, read = places(model), {id(module.weight): _read_axis(module) for _, module in readers}
     parts = []
     for name, axes in graph.axes.items():
         for axis, own in enumerate(axes):
             at = [np.flatnonzero(own == u) for u in units]
-            if id(held[name].tensor) in read and axis == (0 if "transposed" in name else 1): continue
+            if read.get(id(held[name].tensor)) == axis: continue
             if min(map(len, at)) and len({*map(len, at)}) == 1:
                 rows = held[name].tensor.detach().movedim(axis, 0)
                 parts.append(torch.stack([rows[i].flatten() for i in at]).double())
     return torch.cat(parts, 1)
+
+
+def _once(own):
+    "Units of a layer, each once, and the first index of each there."
+    at = np.sort(np.unique(own, return_index=True)[1])
+    return own[at], at
+
+
+def _places(graph, reader, own):
+    "Where a reader reads units, (units, places); None unless it reads all of them, at equally many places."
+    for units, at in _positions(graph.readers[reader][1]):
+        if np.isin(own, units).all(): return torch.from_numpy(at[np.searchsorted(units, own)])
 
 # %% ../nbs/40_merging.ipynb #423d4ed5
 def merge_similar_(
@@ -66,22 +75,23 @@ def merge_similar_(
 ) -> pd.DataFrame:  # a row per merge: kept, gone, saliency
     """Merge the most similar units of a layer, without data, and remove those that go.
 
-    Raises as `remove_units_` does, and for units whose reading weights are tied; then nothing has changed.
-    Source: Srinivas and Babu 2015."""
+    Raises as `remove_units_` does, and for units whose reading weights are tied, or read only some of them; then
+    nothing has changed. Source: Srinivas and Babu 2015."""
     graph = trace_units(model, *inputs)
-    own = graph.layers[one_of(layer, "layer", graph.layers)]
+    own, index = _once(graph.layers[one_of(layer, "layer", graph.layers)])
     whole(n, "n", 0, len(own) - 1)
-    chosen_units(graph, {layer: range(len(own))})
+    chosen_units(graph, {layer: index})
     readers = _reading(model, graph, set(own.tolist()))
+    at = [_places(graph, name, own) for name, _ in readers]
+    need(all(a is not None for a in at), "layer", "one whose readers read all of its units alike", layer)
     w = _incoming(model, graph, own, readers)
-    size = w.norm(dim=1) if scaled else w.new_ones(len(w))
+    size = w.norm(dim=1, keepdim=True) if scaled else w.new_ones(len(w), 1)
     size[size == 0] = 1
-    columns = [_columns(module, own, units, at) * size.view(-1, 1) for _, module, units, at in readers]
-    merges = _merges(torch.cdist(w / size[:, None], w / size[:, None], compute_mode="donot_use_mm_for_euclid_dist") ** 2,
-                     columns, n)
-    new = [_with_columns(module, own, units, at, cols / size.view(-1, 1))
-           for (_, module, units, at), cols in zip(readers, columns)]
-    with _Weights([module for _, module, *_ in readers], new):
+    columns = [_weight(module).detach().double()[a].flatten(1) * size for (_, module), a in zip(readers, at)]
+    merges = _merges(torch.cdist(w / size, w / size, compute_mode="donot_use_mm_for_euclid_dist") ** 2, columns, n)
+    new = [_with_columns(module, a, c / size) for (_, module), a, c in zip(readers, at, columns)]
+    merges = [(int(index[i]), int(index[j]), saliency) for i, j, saliency in merges]
+    with _Weights([module for _, module in readers], new):
         remove_units_(model, {layer: [j for _, j, _ in merges]}, *inputs, optimizer=optimizer)
     return pd.DataFrame(merges, columns=["kept", "gone", "saliency"])
 
@@ -101,20 +111,11 @@ def _merges(distance, columns, n):
     return merges
 
 # %% ../nbs/40_merging.ipynb #9f3bf40e
-def _columns(module, own, units, at):
-    "The weights by which a reader reads units, (units, numbers)."
-    order = [int(np.flatnonzero(units == u)[0]) for u in own]
-    weight = _weight(module).detach().double()
-    return torch.stack([weight[at[k]].flatten() for k in order])
-
-
-def _with_columns(module, own, units, at, columns):
-    "A reader's weight with other numbers by which it reads units."
+def _with_columns(module, at, columns):
+    "A reader's weight with other numbers, (units, numbers), at the places where it reads units."
     weight = _weight(module).detach().clone()
-    for u, column in zip(own, columns):
-        where = at[int(np.flatnonzero(units == u)[0])]
-        weight[where] = column.view_as(weight[where]).to(weight)
-    return weight.movedim(0, 0 if getattr(module, "transposed", False) else 1).contiguous()
+    weight[at] = columns.view_as(weight[at]).to(weight)
+    return weight.movedim(0, _read_axis(module)).contiguous()
 
 
 class _Weights:
@@ -140,33 +141,43 @@ def prune_units_(
 ) -> dict[str, float]:  # by layer that reads, the part of what it read that is lost, squared
     """Remove units, after their readers have learned to do without them. Without `merge` they just go.
 
-    Raises as `remove_units_` does, and for units whose reading weights are tied; then nothing has changed.
-    Source: Mariet and Sra 2016, for the merge."""
+    Raises as `remove_units_` does, for no examples, for some that make a reader read NaN or infinity, and for units
+    whose reading weights are tied; then nothing has changed. Source: Mariet and Sra 2016, for the merge."""
+    for t in tree_leaves(x): need(isinstance(t, Tensor) and t.ndim and len(t), "x", "a tensor of one example or more", t)
     inputs = tree_map(lambda t: t[:2], x)
     graph = trace_units(model, inputs)
     gone = chosen_units(graph, units)
     readers = _reading(model, graph, gone) if merge and gone else []
-    seen = _inputs(model, graph, [name for name, *_ in readers], lambda: model(x))
+    seen = _inputs(model, graph, [name for name, _ in readers], lambda: model(x))
     lost, new = {}, []
-    for name, module, own, at in readers:
-        weight, lost[name] = _taught(module, seen[name], at, np.isin(own, list(gone)))
+    for name, module in readers:
+        tensor(seen[name], f"x, as {name!r} reads it", finite=True)
+        weight, lost[name] = _taught(module, seen[name], _positions(graph.readers[name][1]), gone)
         new.append(weight)
-    with _Weights([module for _, module, *_ in readers], new): remove_units_(model, units, inputs, optimizer=optimizer)
+    with _Weights([module for _, module in readers], new): remove_units_(model, units, inputs, optimizer=optimizer)
     return lost
 
 # %% ../nbs/40_merging.ipynb #3bb21280
-def _taught(module, seen, at, out):
+def _taught(module, seen, groups, gone):
     "A reader's weight that does without some units, and the part of their squared outputs that is lost."
-    at = torch.from_numpy(at).to(seen.device)
-    v = seen[..., at].movedim(-1, -2).flatten(0, -2).double()
-    out = torch.from_numpy(out).to(seen.device)
-    fit, target = v[:, ~out], v[:, out]
-    b = torch.linalg.pinv(fit.T @ fit, hermitian=True, rtol=1e-12) @ (fit.T @ target)
-    weight = _weight(module).detach().double().clone()
-    weight[at[~out]] += torch.einsum("kp,pm...->km...", b, weight[at[out]])
-    rest = (fit @ b - target).square().sum() / target.square().sum().clamp(min=1e-300)
-    axis = 0 if getattr(module, "transposed", False) else 1
-    return weight.movedim(0, axis).to(module.weight).contiguous(), rest.item()
+    weight, lost, total = _weight(module).detach().double().clone(), 0., 0.
+    for units, at in groups:  # those that are read at more places are no help to those that are read at fewer
+        at, out = (torch.from_numpy(v).to(seen.device) for v in (at, np.isin(units, list(gone))))
+        if not out.any(): continue
+        v = seen[:, at].double().movedim(-1, -2).flatten(0, 1)
+        fit, target = v[:, ~out], v[:, out]
+        b = _regression(fit, target)
+        weight[at[~out]] += torch.einsum("kp,pm...->km...", b, weight[at[out]])
+        lost, total = lost + (fit @ b - target).square().sum().item(), total + target.square().sum().item()
+    return weight.movedim(0, _read_axis(module)).to(module.weight).contiguous(), lost / max(total, 1e-300)
+
+
+def _regression(fit, target):
+    "Least squares of columns on columns, of whatever size and rank."
+    size = fit.norm(dim=0)
+    size[size == 0] = 1
+    q, r = torch.linalg.qr(fit / size)
+    return torch.linalg.pinv(r, rtol=1e-10) @ (q.T @ target) / size[:, None]
 
 # %% ../nbs/40_merging.ipynb #4f609837
 def similarity_kernel(
@@ -191,43 +202,48 @@ def _kernel(L, k):
     values, vectors = torch.linalg.eigh(L.double())
     fine = values[0] > -1e-8 * values[-1] and int((values > 1e-12 * values[-1]).sum()) >= k
     need(fine, "L", f"a positive semidefinite matrix of rank {k} or more", values)
-    return values.clamp(min=0), vectors
+    return values.clamp(min=0).cpu(), vectors.cpu()
 
 # %% ../nbs/40_merging.ipynb #3544ee05
 def sample_kdpp(
     L: Tensor,  # (units, units) kernel
     k: int,  # units to draw
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | None = None,  # of the CPU
 ) -> list[int]:  # sorted
     """Draw k units, each set with probability in proportion to the determinant of its part of the kernel.
 
     Raises TypeError or ValueError for a matrix that is no kernel of rank k. Source: Kulesza and Taskar 2011."""
     values, vectors = _kernel(L, k)
-    values = values / values.max()  # a common factor does not matter, and might overflow
-    poly = _elementary(values, k)
+    fine = generator is None or isinstance(generator, torch.Generator) and generator.device.type == "cpu"
+    need(fine, "generator", "a torch.Generator of the CPU", generator, TypeError)
+    logs = values.log()
+    poly = _elementary(logs, k)
     chosen, left = [], k
     for n in range(len(values), 0, -1):
         if not left: break
-        if torch.rand((), generator=generator).double() * poly[left, n] < values[n - 1] * poly[left - 1, n - 1]:
+        if torch.rand((), generator=generator).double().log() < logs[n - 1] + poly[left - 1, n - 1] - poly[left, n]:
             chosen.append(n - 1)
             left -= 1
     basis, drawn = vectors[:, chosen], []
-    while len(drawn) < k:
-        weights = basis.square().sum(1)
-        if drawn: weights[drawn] = 0
-        i = int(torch.multinomial(weights, 1, generator=generator))
-        drawn.append(i)
-        j = int(basis[i].abs().argmax())
-        rest = basis - basis[:, [j]] * (basis[i] / basis[i, j])
-        basis = torch.linalg.qr(rest[:, [c for c in range(rest.shape[1]) if c != j]])[0]
+    gain, rows = basis.square().sum(1), torch.zeros(k, len(basis), dtype=basis.dtype)
+    for t in range(k):
+        drawn.append(int(torch.multinomial(gain, 1, generator=generator)))
+        _take(rows, t, drawn[-1], basis @ basis[drawn[-1]], gain)
+        gain[drawn] = 0
     return sorted(drawn)
 
+
+def _take(rows, t, i, column, gain):
+    "Take unit i as the t-th: a row of its kernel's Cholesky factor, and what that leaves of all units' gains."
+    rows[t] = (column - rows[:t, i] @ rows[:t]) / gain[i].sqrt()
+    gain.sub_(rows[t].square()).clamp_(min=0)
+
 # %% ../nbs/40_merging.ipynb #673d1211
-def _elementary(values, k):
-    "Elementary symmetric polynomials e_j of the first n values, (k + 1, len(values) + 1)."
-    poly = torch.zeros(k + 1, len(values) + 1, dtype=torch.float64)
-    poly[0] = 1
-    for n, value in enumerate(values.tolist(), 1): poly[1:, n] = poly[1:, n - 1] + value * poly[:-1, n - 1]
+def _elementary(logs, k):
+    "Elementary symmetric polynomials e_j of the first n values, (k + 1, len(values) + 1); all in logarithms."
+    poly = torch.full((k + 1, len(logs) + 1), -math.inf, dtype=torch.float64)
+    poly[0] = 0
+    for n, log in enumerate(logs.tolist(), 1): poly[1:, n] = torch.logaddexp(poly[1:, n - 1], log + poly[:-1, n - 1])
     return poly
 
 # %% ../nbs/40_merging.ipynb #cc54f167
@@ -239,14 +255,12 @@ def greedy_map(
 
     Raises TypeError or ValueError for a matrix that is no kernel of rank k."""
     _kernel(L, k)
-    gain, rows, taken = L.double().diagonal().clone(), [], []
-    for _ in range(k):
-        i = int(gain.argmax())
-        row = L[i].double() - sum((r[i] * r for r in rows), torch.zeros(len(L), dtype=torch.float64, device=L.device))
-        rows.append(row / gain[i].sqrt())
-        taken.append(i)
-        gain = gain - rows[-1].square()
-        gain[taken] = -math.inf
+    L, taken = L.double(), []
+    gain, rows = L.diagonal().clone(), torch.zeros(k, len(L), dtype=L.dtype, device=L.device)
+    for t in range(k):
+        taken.append(int(gain.argmax()))
+        _take(rows, t, taken[-1], L[taken[-1]], gain)
+        gain[taken] = -1  # below all that may still be taken
     return taken
 
 # %% ../nbs/40_merging.ipynb #c34c15c8
@@ -264,13 +278,13 @@ def diverse(
     probe, gone = Probe(model, data, _no_loss, layers), {}
     real(part, "part", 0, 1)
     for name in probe.layers:
-        units = probe.graph.layers[name]
-        reader = next(n for n, (_, own) in probe.graph.readers.items() if np.isin(units, own).all())
-        own, at = _positions(probe.graph.readers[reader][1])
+        own, index = _once(probe.graph.layers[name])
+        at = {reader: _places(probe.graph, reader, own) for reader in probe.graph.readers}
+        reader = next((reader for reader, places in at.items() if places is not None), None)
+        need(reader is not None, "layers", "a layer whose units are all read by one layer", name)
         seen = _inputs(model, probe.graph, [reader], lambda: model(probe.x))[reader]
-        v = seen[..., torch.from_numpy(at).to(seen.device)].movedim(-1, -2).flatten(0, -2)
-        kernel = similarity_kernel(v[:, [int(np.flatnonzero(own == u)[0]) for u in units]], beta)
-        k = max(1, len(units) - int(part * len(units)))
+        kernel = similarity_kernel(seen[:, at[reader].to(seen.device)].movedim(-1, -2).flatten(0, 1), beta)
+        k = max(1, len(own) - _count(part, len(own)))
         keep = greedy_map(kernel, k) if generator is None else sample_kdpp(kernel, k, generator)
-        gone[name] = sorted({*range(len(units))} - {*keep})
+        gone[name] = np.delete(index, keep).tolist()
     return gone

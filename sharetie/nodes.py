@@ -42,9 +42,11 @@ def _layers(graph, layers):
         return found
     layers = [layers] if isinstance(layers, str) else list(layers)
     need(layers, "layers", "at least one name", layers)
+    read = {int(u) for _, own in graph.readers.values() for u in own}
     for name in layers:
         for unit in graph.layers[one_of(name, "layers", graph.layers)]:
             why = next((held[unit] for held in (graph.fixed, graph.loose) if unit in held), None)
+            if why is None and unit not in read: why = "units that no layer reads"
             if why: raise ValueError(f"layers: {name!r} cannot be pruned because of {why}")
     return layers
 
@@ -64,11 +66,12 @@ class Probe:
         self.model, (self.x, self.y), self.loss = model, data, function(loss, "loss", ["output", "y"])
         self.graph = trace_units(model, tree_map(lambda t: t[:2], self.x))
         self.layers = _layers(self.graph, layers)
-        units = dict.fromkeys(int(u) for name in self.layers for u in self.graph.layers[name])
+        gone = chosen_units(self.graph, without or {})
+        units = dict.fromkeys([int(u) for name in self.layers for u in self.graph.layers[name]] + sorted(gone))
         self.units = {u: k for k, u in enumerate(units)}
         p = next(p for p in model.parameters() if p.is_floating_point())
         self.start = p.new_ones(len(self.units)).detach()
-        for u in chosen_units(self.graph, without or {}): self.start[self.units[u]] = 0
+        for u in gone: self.start[self.units[u]] = 0
 
     def run(self, gains):
         "The loss under gains, a tensor with one for each unit."
@@ -83,6 +86,10 @@ class Probe:
         try: return self.loss(self.model(self.x), self.y)
         finally:
             for hook in hooks: hook.remove()
+
+    def left(self) -> list[int]:
+        "The places among the gains of the units that are not gone."
+        return self.start.nonzero()[:, 0].tolist()
 
     def scores(self, values) -> dict[str, Tensor]:
         "Values of the units by layer; infinite for those that are gone."
@@ -102,12 +109,13 @@ def brute_force(
     Raises TypeError or ValueError for bad arguments and layers that cannot be pruned. Source: Wolfe et al. 2017."""
     probe = Probe(model, data, loss, layers, without)
     with plain_forward(model):
-        now, losses = probe.run(probe.start), []
-        for k in range(len(probe.start)):
-            gains = probe.start.clone()
+        now, gains = probe.run(probe.start), probe.start.clone()
+        rises = torch.zeros_like(gains, dtype=now.dtype)
+        for k in probe.left():
             gains[k] = 0
-            losses.append(probe.run(gains))
-    return probe.scores(torch.stack(losses) - now)
+            rises[k] = probe.run(gains) - now
+            gains[k] = 1
+    return probe.scores(rises)
 
 # %% ../nbs/40_nodes.ipynb #98248848
 def _taylor(order, model, data, loss, layers, without):
@@ -118,7 +126,7 @@ def _taylor(order, model, data, loss, layers, without):
         slope, = torch.autograd.grad(probe.run(gains), gains, create_graph=order == 2)
         bend = torch.zeros_like(slope)
         if order == 2 and slope.requires_grad:
-            for k in range(len(gains)): bend[k] = torch.autograd.grad(slope[k], gains, retain_graph=True)[0][k]
+            for k in probe.left(): bend[k] = torch.autograd.grad(slope[k], gains, retain_graph=True)[0][k]
     return probe.scores(bend / 2 - slope)
 
 # %% ../nbs/40_nodes.ipynb #5d9fec2e
@@ -137,29 +145,36 @@ def taylor2(model: nn.Module, data, loss: Callable, layers=None, without=None) -
 
 # %% ../nbs/40_nodes.ipynb #353a10a4
 def _inputs(model, graph, names, call):
-    "What layers read during a call of a function, by name, with the axis of units last."
-    found, modules = {}, dict(model.named_modules())
-    def noted(name): return lambda module, inputs: found.__setitem__(name, inputs[0].detach())
+    "What layers read in all of their calls during one of a function, by name: (examples and positions, units)."
+    found, modules = {name: [] for name in names}, dict(model.named_modules())
+    def noted(name):
+        def note(module, inputs):
+            read = inputs[0].detach().movedim(graph.readers[name][0], -1)
+            found[name].append(read.reshape(-1, read.shape[-1]))
+        return note
     hooks = [modules[name].register_forward_pre_hook(noted(name)) for name in names]
     try:
         with plain_forward(model): call()
     finally:
         for hook in hooks: hook.remove()
-    return {name: found[name].movedim(graph.readers[name][0], -1) for name in names}
+    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 def _positions(own):
-    "Units that a reader reads, and the places of each in its input: (units,), (units, places)."
+    "Units that a reader reads at equally many places, and these places in its input: a list of (units,), (units, places)."
     units, counts = np.unique(own, return_counts=True)
-    order = np.argsort(own, kind="stable")
-    n = counts.max()
-    return units[counts == n], np.stack([at for at in np.split(order, counts.cumsum()[:-1]) if len(at) == n])
+    places = np.split(np.argsort(own, kind="stable"), counts.cumsum()[:-1])
+    return [(units[counts == n], np.stack([at for at in places if len(at) == n])) for n in np.unique(counts)]
+
+
+def _read_axis(module):
+    "The axis of a reader's weight that meets its input."
+    return 0 if getattr(module, "transposed", False) else 1
 
 
 def _weight(module):
-    "A reader's weight, with the axis that meets its input first."
-    axis = 0 if getattr(module, "transposed", False) else 1
-    return module.weight.movedim(axis, 0)
+    "A reader's weight, with that axis first."
+    return module.weight.movedim(_read_axis(module), 0)
 
 # %% ../nbs/40_nodes.ipynb #e0cea047
 def _unit_sizes(probe):
@@ -167,16 +182,16 @@ def _unit_sizes(probe):
     readers = {n: own for n, (_, own) in probe.graph.readers.items() if any(int(u) in probe.units for u in own)}
     inputs = _inputs(probe.model, probe.graph, readers, lambda: probe.run(probe.start))
     modules = dict(probe.model.named_modules())
-    read, size, count = (torch.zeros_like(probe.start) for _ in range(3))
+    read, size, count = (torch.zeros_like(probe.start, dtype=torch.float64) for _ in range(3))  # squares overflow in half
     for name, own in readers.items():
         at = torch.tensor([probe.units.get(int(u), -1) for u in own], device=read.device)
         some = at >= 0
-        weight = _weight(modules[name]).detach().abs().flatten(1).mean(1)
+        weight = _weight(modules[name]).detach().double().abs().flatten(1).mean(1)
         if len(weight) < len(at): weight = weight.repeat(len(at) // len(weight))  # a convolution in groups
-        square = inputs[name].flatten(0, -2).square().mean(0)
+        square = inputs[name].double().square().mean(0)
         for total, values in ((read, weight), (size, square), (count, torch.ones_like(square))):
-            total.index_add_(0, at[some], values[some].to(total))
-    return read / count, (size / count).sqrt()
+            total.index_add_(0, at[some], values[some])
+    return (read / count).to(probe.start), (size / count).sqrt().to(probe.start)
 
 # %% ../nbs/40_nodes.ipynb #e4e96be7
 def onorm(model: nn.Module, data, loss=None, layers=None, without=None, scaled: bool = True) -> dict[str, Tensor]:
@@ -204,24 +219,37 @@ def least(
     part: float,  # of all units that go
     scope: str = "layer",  # the lowest of each "layer", or of all together, "global"
 ) -> dict[str, list[int]]:  # by layer, the units to remove
-    """The units with the lowest scores; one of each layer stays.
+    """The units with the lowest scores; one of each layer stays, and so does what scores infinity, being gone.
 
     Raises TypeError or ValueError for bad arguments, and for scores that are NaN."""
     need(isinstance(scores, Mapping) and scores, "scores", "a dictionary of scores by layer", scores, TypeError)
     part = real(part, "part", 0, 1)
     one_of(scope, "scope", ("layer", "global"))
+    _check_scores(scores)
+    if scope == "layer": return {name: _lowest({name: v}, _count(part, len(v)))[name] for name, v in scores.items()}
+    return _lowest(scores, _count(part, sum(map(len, scores.values()))))
+
+# %% ../nbs/40_nodes.ipynb #8ff7ed73
+def _check_scores(scores):
+    "Raise unless scores are numbers."
     for name, values in scores.items():
         tensor(values, f"scores[{name!r}]", floating=True, ndim=1, filled=True)
         bad = int(values.isnan().sum())
         if bad: raise ValueError(f"scores[{name!r}]: numbers are expected, got {bad} of {len(values)} that are NaN")
-    if scope == "layer": return {name: _lowest({name: v}, int(part * len(v)))[name] for name, v in scores.items()}
-    return _lowest(scores, int(part * sum(map(len, scores.values()))))
 
-# %% ../nbs/40_nodes.ipynb #8ff7ed73
+
+def _count(part, n):
+    "How many of n a part is, rounded down: 29 of 100 for .29, whatever .29 * 100 is."
+    return math.floor(part * n + 1e-9)
+
+
 def _lowest(scores, n):
-    "The n lowest of all scores, but for the highest of each layer."
-    rows = [(float(v), name, i) for name, values in scores.items() for i, v in enumerate(values)
-            if i != int(values.argmax())]
+    "The n lowest of all finite scores, but for the highest of each layer."
+    rows = []
+    for name, values in scores.items():
+        left = [(v, name, i) for i, v in enumerate(values.tolist()) if v != math.inf]
+        highest = max(left, key=lambda row: row[0], default=None)
+        rows += [row for row in left if row is not highest]
     gone = {name: [] for name in scores}
     for _, name, i in sorted(rows, key=lambda row: row[0])[:n]: gone[name].append(i)
     return {name: sorted(units) for name, units in gone.items()}
@@ -247,20 +275,26 @@ def removal_curve(
 ) -> pd.DataFrame:  # a row per removal, none first: layer, unit, part (removed), loss
     """Remove units one by one, the least first, until each layer has one, and see how the loss grows.
 
-    Raises as the criterion does. Source: Wolfe et al. 2017, algorithms 1 and 2."""
+    Raises as the criterion does, and for scores that are NaN. Source: Wolfe et al. 2017, algorithms 1 and 2."""
     probe, gone = Probe(model, data, loss, layers), {}
     gains, rows, scores = probe.start.clone(), [("", -1)], None
     with plain_forward(model): losses = [probe.run(gains).item()]
-    left = {name: len(probe.graph.layers[name]) for name in probe.layers}
-    while max(left.values()) > 1:
-        if again or scores is None: scores = criterion(model, data, loss, probe.layers, gone)
-        rank = [(float(v), name, i) for name, values in scores.items() if left[name] > 1
-                for i, v in enumerate(values) if i not in gone.get(name, ())]
-        _, name, i = min(rank, key=lambda row: row[0])
+    while rank := _left(probe, gains):
+        if again or scores is None: _check_scores(scores := criterion(model, data, loss, probe.layers, gone))
+        name, i, k = min(rank, key=lambda row: float(scores[row[0]][row[1]]))
         gone.setdefault(name, []).append(i)
-        left[name] -= 1
-        gains[probe.units[int(probe.graph.layers[name][i])]] = 0
+        gains[k] = 0
         rows.append((name, i))
         with plain_forward(model): losses.append(probe.run(gains).item())
     table = pd.DataFrame(rows, columns=["layer", "unit"])
     return table.assign(part=[i / len(gains) for i in range(len(rows))], loss=losses)
+
+
+def _left(probe, gains):
+    "(Layer, index, place among the gains) of the units that may still go: each once, and none that is a layer's last."
+    rows, alive = [], gains.tolist()
+    for name in probe.layers:
+        first = {probe.units[int(u)]: i for i, u in reversed([*enumerate(probe.graph.layers[name])])}
+        own = [(name, i, k) for k, i in sorted(first.items(), key=lambda row: row[1]) if alive[k]]
+        rows += own if len(own) > 1 else []
+    return rows

@@ -77,7 +77,7 @@ def _cuts(graph, chosen):
 def _cut(tensor, axes):
     "A tensor with only some indices of some axes."
     for axis, stay in axes.items(): tensor = tensor.index_select(axis, stay.to(tensor.device))
-    return tensor.contiguous()
+    return tensor if tensor.is_sparse else tensor.contiguous()
 
 
 def _masked(tensor, axes):
@@ -91,7 +91,7 @@ def _masked(tensor, axes):
 
 # %% ../nbs/40_shrinking.ipynb #93cfeb13
 def _state_cuts(optimizer, held, cuts):
-    "(State, key, tensor, cuts) of all that an optimizer remembers of tensors that are cut."
+    "(State, key, what it becomes) of all that an optimizer remembers of tensors that are cut."
     if optimizer is None: return []
     fine = isinstance(optimizer, torch.optim.Optimizer)
     need(fine, "optimizer", "a torch optimizer", type(optimizer), TypeError)
@@ -102,7 +102,7 @@ def _state_cuts(optimizer, held, cuts):
             if not isinstance(t, Tensor) or t.numel() == 1: continue
             fine = t.shape == held[name].shape
             need(fine, "optimizer", f"a state {key!r} of {name!r} in the shape of the weight", tuple(t.shape))
-            rows.append((state, key, t, axes))
+            rows.append((state, key, _cut(t, axes)))
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     foreign = [key for p, state in optimizer.state.items() for key, t in state.items()
                if id(p) in known and isinstance(t, Tensor) and t.ndim == 1 and t.numel() > p.numel()]
@@ -150,6 +150,9 @@ def _check_same(expected, got, exact):
     if a != b: raise ValueError(f"units: without them the model puts out tensors of {b}, and not of {a}")
     for v, w in zip(expected, got):
         if not exact or not v.is_floating_point() or v.is_meta: continue
+        if v.numel() and not v.isfinite().any():
+            raise ValueError("inputs: some that the model answers by a finite number are expected, or no outputs can be "
+                             "compared, got none; exact=False removes units nevertheless")
         limit = torch.finfo(v.dtype).eps ** .5 * max(1e-30, v.abs().nan_to_num().max().item() if v.numel() else 0)
         if torch.allclose(v, w, rtol=0, atol=limit, equal_nan=True): continue
         raise ValueError(f"units: without them the model is not what it is with zeros in their place: outputs differ by "
@@ -190,14 +193,15 @@ def remove_units_(
     """Remove units from a model, in every tensor that has a part of them; ties and parameters stay what they are.
 
     Raises TypeError or ValueError for units that do not exist, that cannot be removed or would leave a layer
-    empty, and for an optimizer whose state does not follow; then nothing has changed."""
+    empty, for inputs without a finite answer, and for an optimizer whose state does not follow; then nothing has
+    changed."""
     graph = trace_units(model, *inputs)
     chosen = chosen_units(graph, units, exact)
     if not chosen: return {}
     cuts, held = _cuts(graph, chosen), {name: place.tensor for name, place in places(model).items()}
     states = _state_cuts(optimizer, held, cuts)
     zeros = {name for name in cuts if isinstance(held[name], nn.Parameter)}
-    grads = {name: held[name].grad for name in cuts}
+    grads = {name: None if held[name].grad is None else _cut(held[name].grad, axes) for name, axes in cuts.items()}
     with _Swap({name: held[name] for name in cuts}) as swap:
         swap.fill(lambda name, t: _masked(t, cuts[name]) if name in zeros else t)
         expected = _outputs(model, inputs)
@@ -207,8 +211,8 @@ def remove_units_(
         _check_same(expected, _outputs(model, inputs), exact)
         for module in model.modules():
             for name, value in _sizes(module).items(): swap.size(module, name, value)
-    for name, grad in grads.items(): held[name].grad = None if grad is None else _cut(grad, cuts[name])
-    for state, key, t, axes in states: state[key] = _cut(t, axes)
+    for name, grad in grads.items(): held[name].grad = grad
+    for state, key, t in states: state[key] = t
     return graph.where(chosen)
 
 # %% ../nbs/40_shrinking.ipynb #e1df9442

@@ -226,7 +226,8 @@ _MOVES = ("t transpose permute unsqueeze squeeze expand slice select split split
           "_unsafe_view reshape _reshape_alias alias detach clone lift_fresh flip").split()
 _RULES = {
     **dict.fromkeys("_to_copy contiguous dropout native_dropout bernoulli_ fill_ zero_".split(), _same),
-    **dict.fromkeys("copy_ _prelu_kernel masked_fill masked_fill_ where".split(), _elementwise),
+    **dict.fromkeys("copy_ _prelu_kernel masked_fill masked_fill_ where hardswish hardswish_ mish_ threshold_ "
+                    "log_sigmoid_forward".split(), _elementwise),
     **dict.fromkeys("mm addmm bmm baddbmm mv addmv dot".split(), _product),
     **dict.fromkeys("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm".split(), _batch_norm),
     **dict.fromkeys("native_layer_norm _fused_rms_norm".split(), _layer_norm),
@@ -270,7 +271,7 @@ class _Notes:
         if ids is not None: self.numbers.mixed.append((ids, self.why))
 
     def loose(self, ids):
-        if ids is not None and not isinstance(self.module, _READERS): self.reads.append((ids, self.why))
+        if ids is not None and not (self.stack and self.stack[-1][2]): self.reads.append((ids, self.why))
 
 # %% ../nbs/40_tracing.ipynb #714dc5e6
 class Tracer(_Notes, TorchDispatchMode):
@@ -302,6 +303,13 @@ class Tracer(_Notes, TorchDispatchMode):
 
 # %% ../nbs/40_tracing.ipynb #da051a84
 _READERS = nn.Linear, nn.modules.conv._ConvNd
+
+
+def _axis(module):
+    "The axis of units in what a layer reads and puts out, counted from the end; None where that is not known."
+    if isinstance(module, nn.modules.conv._ConvNd): return 1 - module.weight.ndim
+    flat = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+    return -1 if flat or isinstance(module, (nn.Linear, nn.Embedding)) else None
 
 
 def _mover(func, name, args, kwargs, outs):
@@ -345,8 +353,8 @@ def trace_units(
 ) -> UnitGraph:
     """Follow every index of every stored tensor through one forward pass.
 
-    Raises TypeError or ValueError for no module, a wrapped or scripted one, no inputs, and several tensors
-    over one memory."""
+    Raises TypeError or ValueError for no module, a wrapped or scripted one, no inputs or empty ones, and
+    several tensors over one memory."""
     _check_traceable(model, inputs)
     held = {name: place.tensor for name, place in places(model).items()}
     tracer = Tracer(held)
@@ -360,6 +368,8 @@ def _check_traceable(model, inputs):
     "Raise unless a model can be traced."
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     need(inputs, "inputs", "what one forward pass takes", inputs)
+    for v in tree_leaves(inputs):
+        if isinstance(v, Tensor): need(v.numel(), "inputs", "at least one example", tuple(v.shape))
     scripted = isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod")
     need(not scripted, "model", "a module that is neither scripted nor compiled", type(model), TypeError)
     _changeable(model)
@@ -397,17 +407,20 @@ class _Watch:
 
     def before(self, module, inputs):
         t, name = self.tracer, self.names.get(module, type(module).__name__)
-        t.stack.append((name, module))
+        reads = isinstance(module, _READERS) and len(inputs) > 0  # an input by keyword is not seen here
+        t.stack.append((name, module, reads))
         through = isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
-        if isinstance(module, _READERS) and inputs and not through:  # a depthwise one passes its units on
-            d = -1 if isinstance(module, nn.Linear) else 1 - module.weight.ndim
+        if reads and not through:  # a depthwise one passes its units on
+            d = _axis(module)
             ids = t.axes(inputs[0])[d]
             if ids is not None: t.read_in.setdefault(name, []).append((d, ids))
 
     def after(self, module, inputs, out):
-        name, _ = self.tracer.stack.pop()
+        name, *_ = self.tracer.stack.pop()
         if not isinstance(out, Tensor) or not isinstance(getattr(module, "weight", None), Tensor): return
-        rows = [ids for ids in self.tracer.axes(out) if ids is not None]
+        rows = self.tracer.axes(out)
+        if _axis(module): rows = [rows[_axis(module)]]  # others may have units too, such as learned positions
+        rows = [ids for ids in rows if ids is not None]
         if name and len(rows) == 1: self.tracer.outputs.setdefault(name, rows[0])
 
 # %% ../nbs/40_tracing.ipynb #9b63c796

@@ -11,6 +11,7 @@ from sharetie.distillation import (DistillationLoss, Distiller, Lesson, Taught, 
 from sharetie.layers import share_layers_
 from sharetie.results import set_seed
 from sharetie.train import fit
+from tied import TIED
 
 
 def scores(*shape): return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).double()
@@ -153,34 +154,7 @@ def test_a_reused_module_gives_a_feature_for_each_call():
     with pytest.raises(ValueError, match="3 times, got 2"): Distiller(loop, stack, match=[("block", "blocks.0"), ("block", "blocks.1")])(x)
 
 
-class Words(nn.Module):
-    "A table that is embedding and output layer."
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-    def forward(self, x): return self.head(self.embedding(x).tanh())
-
-
-class Convs(nn.Module):
-    "Two convolutions on one parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-        self.b.weight = self.a.weight
-    def forward(self, x): return self.b(self.a(x).relu()).flatten(1)
-
-
-class Coder(nn.Module):
-    "A decoder that is the encoder's transpose."
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Linear(6, 3)
-    def forward(self, x): return F.linear(self.encoder(x).relu(), self.encoder.weight.T)
-
-
-@pytest.mark.parametrize("build, x", [(Words, torch.arange(8)), (Loop, torch.randn(8, 4)), (Convs, torch.randn(3, 2, 4, 4)), (Coder, torch.randn(5, 6)),
-                                      (lambda: share_layers_(m := Stack()) and m, torch.randn(8, 4))])
+@pytest.mark.parametrize("build, x", [*TIED, (Loop, torch.randn(8, 4)), (lambda: share_layers_(m := Stack()) and m, torch.randn(8, 4))])
 def test_ties_of_students_stay_and_are_stored_once(build, x):
     set_seed(0)
     student, teacher = build(), build()
@@ -240,3 +214,18 @@ BAD = {
 def test_bad_input(case):
     call, error, text = BAD[case]
     with pytest.raises(error, match=text): call()
+
+
+def test_a_class_that_both_rule_out_is_none():
+    z, v = torch.tensor([[0., 1., -torch.inf]], requires_grad=True), torch.tensor([[1., 0., -torch.inf]])
+    loss = soft_loss(z, v, 2.)
+    torch.testing.assert_close(loss, soft_loss(z[:, :2], v[:, :2], 2.))
+    loss.backward()
+    torch.testing.assert_close(z.grad[:, :2], 2 * ((z / 2).softmax(1) - (v / 2).softmax(1)).detach()[:, :2])
+    assert z.grad[0, 2] == 0
+
+
+def test_a_teacher_that_answers_no_number():
+    teacher = nn.Linear(3, 2).train()
+    with pytest.raises(ValueError, match="scores of the teacher: numbers are expected, got 8 of 8 that are NaN"): teach(teacher, (torch.full((4, 3), torch.nan), None))
+    assert teacher.training

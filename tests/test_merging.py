@@ -13,7 +13,9 @@ from sharetie.merging import diverse, greedy_map, merge_similar_, prune_units_, 
 from sharetie.nodes import brute_force, least
 from sharetie.results import set_seed
 from sharetie.shrinking import remove_units_
-from sharetie.ties import Transpose, load_model, save_model, tie_
+from sharetie.ties import Transpose, find_ties, load_model, save_model, tie_
+from sharetie.tracing import trace_units
+from tied import TIED, TIED_LAYERS
 
 
 def mlp(act=nn.ReLU): return nn.Sequential(nn.Linear(4, 6), act(), nn.Linear(6, 5), act(), nn.Linear(5, 3)).double()
@@ -256,3 +258,174 @@ def test_bad_input(call, error, message):
     state = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(error, match=message): call(model, x)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def functional(f, **layers):
+    "A module whose forward is a function of itself and the input."
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, layer in layers.items(): setattr(self, name, layer)
+        def forward(self, x): return f(self, x)
+    return Functional().double()
+
+
+def copied(*tensors, of=0, to=1):
+    "Let one index be another's copy."
+    with torch.no_grad():
+        for t in tensors: t[to] = t[of]
+
+
+def test_copies_read_by_a_transposed_convolution():
+    "Whose weight has what it reads on its first axis, and is none of what comes in."
+    set_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 5, 3), nn.Tanh(), nn.ConvTranspose2d(5, 2, 3)).double(), torch.randn(3, 1, 6, 6).double()
+    for i in (0, 1): copied(model[0].weight, model[0].bias, of=i, to=3 + i)
+    with torch.no_grad(): model[2].weight *= 9  # in these, copies are far from each other
+    expected, other = model(x), copy.deepcopy(model)
+    assert {frozenset(p) for p in merge_similar_(model, "0", 2, x)[["kept", "gone"]].values.tolist()} == {frozenset({0, 3}), frozenset({1, 4})}
+    torch.testing.assert_close(model(x), expected)
+    assert prune_units_(other, {"0": [1, 3]}, x)["2"] < 1e-20
+    torch.testing.assert_close(other(x), expected)
+
+
+def gated():
+    "Each unit of a gate of two halves has two rows; the second unit is a copy of the first."
+    set_seed(0)
+    model = functional(lambda m, x: m.b(F.glu(m.a(x))), a=nn.Linear(3, 8), b=nn.Linear(4, 2))
+    for i in (0, 4): copied(model.a.weight, model.a.bias, of=i, to=i + 1)
+    return model, torch.randn(20, 3).double()
+
+
+def test_units_with_two_rows_are_one():
+    model, x = gated()
+    expected = model(x)
+    with pytest.raises(ValueError, match="n: a whole number from 0 to 3"): merge_similar_(model, "a", 4, x)
+    table = merge_similar_(model, "a", 1, x)
+    torch.testing.assert_close(model(x), expected)
+    assert {*table[["kept", "gone"]].values[0]} == {0, 1} and model.b.in_features == 3
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)])
+def test_half_of_the_units_with_two_rows(generator):
+    model, x = gated()
+    gone = diverse(model, (x, x), .5, generator=generator)["a"]
+    prune_units_(model, {"a": gone}, x)
+    assert len(gone) == 2 and model.b.in_features == 2 and model.a.out_features == 4
+
+
+def test_readers_hear_all_of_their_calls():
+    set_seed(0)
+    model = functional(lambda m, x: m.b(m.a(x).tanh()) - m.b(m.a(3 * x).tanh()), a=nn.Linear(3, 6), b=nn.Linear(6, 2))
+    x = torch.randn(30, 3).double()
+    v, w = torch.cat([model.a(x).tanh(), model.a(3 * x).tanh()]).detach(), model.b.weight.detach().clone()
+    b = torch.linalg.lstsq(v[:, 2:], v[:, :2]).solution
+    prune_units_(model, {"a": [0, 1]}, x)
+    torch.testing.assert_close(model.b.weight.detach(), w[:, 2:] + w[:, :2] @ b.T)
+
+
+def test_channels_and_units_side_by_side():
+    "A head reads each channel at sixteen places and each unit at one."
+    set_seed(0)
+    model = functional(lambda m, x: m.c(torch.cat([m.a(x).tanh().flatten(1), m.b(x.flatten(1)).tanh()], 1)),
+                       a=nn.Conv2d(1, 3, 1), b=nn.Linear(16, 5), c=nn.Linear(3 * 16 + 5, 2))
+    x = torch.randn(40, 1, 4, 4).double()
+    for layer in (model.a, model.b): copied(layer.weight, layer.bias)
+    expected, other = model(x), copy.deepcopy(model)
+    for layer in ("a", "b"): merge_similar_(other, layer, 1, x)
+    torch.testing.assert_close(other(x), expected)
+    part, w, v = copy.deepcopy(model), model.c.weight.detach()[:, 48:].clone(), model.b(x.flatten(1)).tanh().detach()
+    assert prune_units_(model, {"a": [0], "b": [1]}, x)["c"] < 1e-20
+    torch.testing.assert_close(model(x), expected)
+    said = v[:, :4] @ torch.from_numpy(np.linalg.lstsq(v[:, :4].numpy(), v[:, 4:].numpy(), rcond=None)[0])
+    lost = prune_units_(part, {"b": [4]}, x)["c"]
+    torch.testing.assert_close(v[:, :4] @ part.c.weight.detach()[:, 48:].T, v[:, :4] @ w[:, :4].T + said @ w[:, 4:].T)
+    np.testing.assert_allclose(lost, (said - v[:, 4:]).square().sum() / v[:, 4:].square().sum())
+
+
+def test_units_read_here_and_there():
+    "Each half of a layer by a layer of its own: no unit can speak for one of the other half."
+    model = functional(lambda m, x: m.b(m.a(x).tanh().chunk(2, 1)[0]) + m.c(m.a(x).tanh().chunk(2, 1)[1]), a=nn.Linear(4, 6), b=nn.Linear(3, 2), c=nn.Linear(3, 2))
+    x = torch.randn(9, 4).double()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="layer: one whose readers read all of its units alike"): merge_similar_(model, "a", 1, x)
+    with pytest.raises(ValueError, match="layers: a layer whose units are all read by one layer"): diverse(model, (x, x), .5)
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+    lost = prune_units_(model, {"a": [1, 4]}, x)
+    assert {*lost} == {"b", "c"} and all(0 < part < 1 for part in lost.values())
+
+
+def test_a_residual_layer_reads_what_it_makes():
+    set_seed(0)
+    model = functional(lambda m, x: m.c((h := m.a(x).tanh()) + m.b(h).tanh()), a=nn.Linear(3, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 2))
+    x = torch.randn(30, 3).double()
+    for layer in (model.a, model.b): copied(layer.weight, layer.bias)
+    expected, other = model(x), copy.deepcopy(model)
+    assert {*merge_similar_(model, "a", 1, x)[["kept", "gone"]].values[0]} == {0, 1}
+    torch.testing.assert_close(model(x), expected)
+    assert max(prune_units_(other, {"a": [1]}, x).values()) < 1e-20
+    torch.testing.assert_close(other(x), expected)
+
+
+@pytest.mark.parametrize("factor", [1e-7, 1e7])
+def test_the_size_of_units_does_not_matter(factor):
+    "A ReLU unit that says the same, a million times softer or louder, can take over."
+    set_seed(0)
+    model, x = mlp(), torch.randn(50, 4).double()
+    with torch.no_grad():
+        for p in (model[0].weight, model[0].bias): p[1] = p[0] * factor
+    expected = model(x)
+    assert prune_units_(model, {"0": [0]}, x)["2"] < 1e-15
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("x, message", [(torch.ones(0, 4), "x: a tensor of one example or more"), (torch.full((5, 4), math.nan), "x, as '2' reads it: finite numbers"),
+                                        (torch.full((5, 4), math.inf), "x, as '2' reads it: finite numbers"), (torch.tensor(1.), "x: a tensor of one example or more")])
+def test_examples_that_teach_nothing(x, message):
+    set_seed(0)
+    model = mlp()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message): prune_units_(model, {"0": [1]}, x.double())
+    assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_wide_layers_are_drawn_from_everywhere():
+    "There are more sets of 550 among 1,100 than a computer has numbers for; each unit is in half of them."
+    drawn = sample_kdpp(torch.eye(1100), 550, torch.Generator().manual_seed(0))
+    assert len({*drawn}) == 550 and 225 < sum(i >= 550 for i in drawn) < 325
+
+
+def test_draws_need_a_generator():
+    with pytest.raises(TypeError, match="generator: a torch.Generator of the CPU"): sample_kdpp(torch.eye(3), 2, 0)
+
+
+ALL_TIED = {**{make.__name__: (make, x) for make, x in TIED}, **{name: (make, x) for name, (make, x, _) in TIED_LAYERS.items()}}
+METHODS = {"remove": lambda m, layer, x: remove_units_(m, {layer: [0]}, x), "prune": lambda m, layer, x: prune_units_(m, {layer: [0]}, x, merge=False),
+           "fuse": lambda m, layer, x: prune_units_(m, {layer: [0]}, x), "similar": lambda m, layer, x: merge_similar_(m, layer, 1, x),
+           "diverse": lambda m, layer, x: prune_units_(m, diverse(m, (x, x), .5, layer), x, merge=False),
+           "brute force": lambda m, layer, x: prune_units_(m, least(brute_force(m, (x, x), lambda output, y: output.square().sum(), layer), .5), x, merge=False)}
+
+
+SHRINK = {"Words", "words", "undeclared", "autoencoder", "Coder", "coder"}  # in others no unit is free, or is not zero where its row is
+SHRINK = {"remove": SHRINK, "prune": SHRINK, "fuse": set(), "similar": set(),  # a tied weight cannot take over
+          "diverse": SHRINK - {"Coder", "coder"}, "brute force": SHRINK - {"Coder", "coder"}}  # no layer reads these units
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ALL_TIED)
+def test_every_method_keeps_ties_or_refuses(kind, method):
+    "In each layer: either less is stored and all ties are there, or nothing has changed."
+    set_seed(0)
+    make, x = ALL_TIED[kind]
+    whole, shrunk = make(), []
+    ties, size = [tie.names for tie in find_ties(whole)], sum(p.numel() for p in whole.parameters())
+    for layer in trace_units(whole, x).layers:
+        model = copy.deepcopy(whole)
+        state = copy.deepcopy(model.state_dict())
+        try: METHODS[method](model, layer, x)
+        except ValueError as error:
+            assert str(error).startswith(("model: ", "units", "layer"))
+            assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+        else: shrunk.append(sum(p.numel() for p in model.parameters()) < size and bool(model(x).isfinite().all()))
+        assert [tie.names for tie in find_ties(model)] == ties
+    assert all(shrunk) and bool(shrunk) == (kind in SHRINK[method])

@@ -124,6 +124,29 @@ def test_onorm_by_hand():
     torch.testing.assert_close(activity(model, data)["0"], size)
 
 
+def test_onorm_of_channels_by_hand():
+    "Positions of a channel and the readers of it count alike, in whatever layout they are read."
+    model, (x, y), _ = setting("residual")
+    with torch.no_grad():
+        h = model.norm(model.stem(x)).sigmoid()
+        s = h + model.outer(model.inner(h).tanh())
+        flat = F.avg_pool2d(model.last(s).sigmoid(), 2)
+    def rms(*values): return (sum(v.square().mean((0, 2, 3)) for v in values) / len(values)).sqrt()
+    sizes, plain = activity(model, (x, y)), onorm(model, (x, y), scaled=False)
+    torch.testing.assert_close(sizes["stem"], rms(h, s))
+    torch.testing.assert_close(sizes["last"], rms(flat))
+    torch.testing.assert_close(plain["stem"], (model.inner.weight.abs().mean((0, 2, 3)) + model.last.weight.abs().mean((0, 2, 3))).detach() / 2)
+    torch.testing.assert_close(plain["last"], model.head.weight.view(3, 2, 9).abs().mean((0, 2)).detach())
+
+
+def test_onorm_of_channels_read_in_groups():
+    "Channel j of both groups is one unit."
+    set_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3, groups=2), nn.Conv2d(4, 1, 1)).double(), torch.randn(5, 1, 7, 7).double()
+    found = onorm(model, (x, x), layers="0", scaled=False)["0"]
+    torch.testing.assert_close(found, model[2].weight.abs().mean((0, 2, 3)).detach().repeat(2))
+
+
 @pytest.mark.parametrize("factor", [.1, 7.])
 def test_rescaling_a_relu_unit_changes_no_score(factor):
     set_seed(0)
@@ -223,3 +246,82 @@ def test_probe_of_no_gain():
     model, (x, y), _ = setting("residual")
     probe = Probe(model, (x, y), F.mse_loss)
     torch.testing.assert_close(probe.run(probe.start), F.mse_loss(model(x), y))
+
+
+class Gated(nn.Module):
+    "A gate of two halves: each of the four units has two rows of one layer."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 8), nn.Linear(4, 2)
+    def forward(self, x): return self.b(F.glu(self.a(x)))
+
+
+class Twice(nn.Module):
+    "A layer that reads the same units in two calls, of which the second hears nothing."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6, bias=False), nn.Linear(6, 2)
+    def forward(self, x): return self.b(self.a(x).tanh()) - self.b(self.a(0 * x).tanh())
+
+
+def test_removal_curve_counts_units_and_not_rows():
+    set_seed(0)
+    model, data = Gated(), (torch.randn(9, 3), torch.randn(9, 2))
+    curve = removal_curve(model, data, F.mse_loss, brute_force)
+    assert curve["part"].tolist() == [0, .25, .5, .75] and len({i % 4 for i in curve["unit"][1:]}) == 3
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        for loss, i in zip(curve["loss"][1:], curve["unit"][1:]):
+            masked.b.weight[:, i % 4] = 0
+            np.testing.assert_allclose(loss, F.mse_loss(masked(data[0]), data[1]), rtol=1e-5)
+
+
+def test_sizes_are_those_of_all_calls():
+    set_seed(0)
+    model, x = Twice().double(), torch.randn(9, 3).double()
+    seen = torch.cat([model.a(x).tanh(), model.a(0 * x).tanh()]).detach()
+    torch.testing.assert_close(activity(model, (x, x))["a"], seen.square().mean(0).sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sizes_in_half_precision(dtype):
+    "Squares of 500 overflow in one kind, counts of a thousand positions stop at 256 in the other."
+    set_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), 500 * torch.rand(4, 1, 32, 32)
+    for c in (onorm, activity):
+        wanted, got = c(model.float(), (x, x))["0"], c(model.to(dtype), (x.to(dtype), x))["0"]
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), wanted, rtol=.05, atol=.05)
+
+
+@pytest.mark.parametrize("c", CRITERIA)
+def test_units_that_are_gone_elsewhere(c):
+    "In layers that are not looked at."
+    model, data, _ = setting("mlp")
+    scores = CRITERIA[c](model, data, F.mse_loss, "0", {"2": [3]})
+    assert [*scores] == ["0"]
+    torch.testing.assert_close(scores["0"], CRITERIA[c](model, data, F.mse_loss, None, {"2": [3]})["0"])
+
+
+def test_gone_units_do_not_stand_for_those_that_stay():
+    assert least({"a": torch.tensor([1., 2., math.inf])}, 1.) == {"a": [0]}
+    assert least({"a": torch.full((3,), math.inf), "b": torch.tensor([2., 1.])}, 1., "global") == {"a": [], "b": [1]}
+
+
+@pytest.mark.parametrize("part, n", [(.29, 29), (.57, 57), (.58, 58), (1 / 3, 33)])
+def test_parts_are_counted_as_they_are_written(part, n): assert len(least({"a": torch.arange(100.)}, part)["a"]) == n
+
+
+def test_a_curve_of_no_numbers():
+    model, (x, y), _ = setting("mlp")
+    with pytest.raises(ValueError, match="5 of 5 that are NaN"): removal_curve(model, (x * math.nan, y), F.mse_loss, brute_force)
+
+
+def test_a_layer_that_reads_by_keyword_is_refused():
+    class Keyword(Gated):
+        def forward(self, x): return self.b(input=F.glu(self.a(x)))
+    with pytest.raises(ValueError, match="cannot be pruned because of addmm in 'b'"): brute_force(Keyword(), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss, "a")
+    with pytest.raises(ValueError, match="units that no layer reads"):
+        class Unread(Gated):
+            def forward(self, x): return self.b(x[:, :1].repeat(1, 4) + 0 * self.a(x)[:, :0].sum())
+        brute_force(Unread(), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss, "a")

@@ -94,6 +94,20 @@ class Mobile(Masked):
         return self.t(self.at("gate", self.p(x) * self.gate(x).sigmoid()))
 
 
+class Squeeze(Masked):
+    "A depthwise convolution between two narrow ones, with a gate for each channel."
+    shape, widths = (3, 6, 6), {"wide": 8, "low": 4}
+    def __init__(self):
+        super().__init__()
+        self.wide, self.norm, self.deep = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8)
+        self.low, self.high, self.out = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.at("wide", self.deep(self.at("wide", F.hardswish(self.norm(self.wide(x))))))
+        gate = self.high(self.at("low", self.low(x.mean((2, 3), keepdim=True)).relu()))
+        return self.out(x * F.hardsigmoid(gate))
+
+
 class Feed(Masked):
     "A transformer's layer."
     shape, widths = (4, 8), {"block.linear1": 12}
@@ -104,7 +118,7 @@ class Feed(Masked):
     def forward(self, x): return self.head(self.block(x))
 
 
-NETS = {cls.__name__: cls for cls in (MLP, VGG, ResNet, DenseNet, Mobile, Feed)}
+NETS = {cls.__name__: cls for cls in (MLP, VGG, ResNet, DenseNet, Mobile, Squeeze, Feed)}
 
 
 def warm(model, x):
@@ -329,3 +343,24 @@ def test_real_transformer():
     torch.testing.assert_close(model(tokens).logits, masked(tokens).logits)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.transformer.h[0].mlp.c_fc.weight.shape == (16, 32)
+
+
+def test_inputs_on_which_nothing_can_be_compared():
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)), torch.full((2, 3), torch.nan)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="inputs: some that the model answers by a finite number"): remove_units_(model, {"0": [1]}, x)
+    assert equal(before, snapshot(model))
+    remove_units_(model, {"0": [1]}, x, exact=False)
+    assert model[0].out_features == 4
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_are_cut_as_they_are(sparse):
+    set_seed(0)
+    model, x = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Tanh(), nn.Linear(4, 2)), torch.tensor([[1, 2], [3, 3]])
+    model(x).square().sum().backward()
+    wanted = [p.grad.to_dense() for p in model.parameters()]
+    remove_units_(model, {"0": [1]}, x)
+    stay = [0, 2, 3]
+    for p, grad in zip(model.parameters(), (wanted[0][:, stay], wanted[1][:, stay], wanted[2])): assert torch.equal(p.grad.to_dense(), grad)
+    assert model[0].weight.grad.is_sparse == sparse

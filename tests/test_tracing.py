@@ -177,3 +177,28 @@ def test_device_free_trace():
     "On the meta device no numbers are computed."
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).to("meta")
     assert count(trace_units(model, torch.ones(1, 3, device="meta")), "0") == 4
+
+
+@pytest.mark.parametrize("act", [nn.Hardswish(), nn.Hardswish(inplace=True), nn.Mish(inplace=True), nn.Threshold(.1, .2, inplace=True), nn.LogSigmoid()])
+def test_activations_that_pytorch_does_not_call_pointwise(act):
+    graph = trace_units(nn.Sequential(nn.Linear(3, 4), act, nn.Linear(4, 2)), torch.randn(2, 3))
+    assert not held(graph, "0") and np.array_equal(graph.axes["2.weight"][1], graph.layers["0"])
+
+
+def test_a_layer_called_by_keyword_reads_unseen():
+    "Its input cannot be caught, so what it reads is not said to be read by layers alone."
+    model = functional(lambda m, x: m.b(input=m.a(x)), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    graph = trace_units(model, torch.randn(2, 3))
+    assert not held(graph, "a") and all(u in graph.loose for u in graph.layers["a"]) and "b" not in graph.readers
+
+
+def test_layers_keep_their_names_where_positions_are_learned():
+    "A table of positions gives units to the axis of positions, and a layer's own are those of its last axis."
+    model = functional(lambda m, x: m.b(m.a(x + m.place).relu()), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+    model.place = nn.Parameter(torch.randn(1, 3, 4))
+    graph = trace_units(model, torch.randn(2, 3, 4))
+    assert count(graph, "a") == 6 and not held(graph, "a") and np.array_equal(graph.axes["a.weight"][0], graph.layers["a"])
+
+
+def test_no_examples():
+    with pytest.raises(ValueError, match="inputs: at least one example is expected, got .0, 3."): trace_units(nn.Linear(3, 2), torch.ones(0, 3))
