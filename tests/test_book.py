@@ -379,6 +379,7 @@ def test_links_lead_to_what_a_chapter_means():
     assert links("[`Census.plot`](https://x.org/b.html#census.plot)", "a.html") == "[`Census.plot`](b.html#census-class)", "without an entry: its class"
     assert links("[`Box.open`](https://x.org/c.html#box.open)", "a.html") == "[`Box.open`](c.html#box.open)"
     assert links("[`gone`](https://x.org/c.html#gone)", "a.html") == "`gone`"
+    assert links("[[`load`](https://x.org/a.html#load) and more](a.ipynb)", "a.html") == "[`load` and more](a.ipynb)", "linked by the author"
 
 
 # Tables of pandas
