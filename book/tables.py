@@ -61,6 +61,7 @@ def merged(rows):
     "The header's rows, the names of the index in the row of the columns' names where that has room for them."
     if len(rows) < 2: return rows
     above, names = rows[-2], rows[-1]
+    if not any(map(words, names)): return [*rows[:-1], []]
     level = next((i for i, c in enumerate(names) if not words(c)), len(names))  # How many names the index has
     if not level or any(words(c) for c in names[level:] + above[:level]) or len(above) != len(names): return rows
     for name, place in zip(names, above[:level]): place["inner"] = name["inner"]

@@ -395,6 +395,8 @@ def test_table_names_its_index_in_the_header_and_shows_gaps_as_dashes():
     assert grid(made) == [[["who", "a", "b"]], [["p", "1.0", "–"], ["q", "–", "x"]]]
     assert mended(made) == made, "mending twice is mending once"
     assert not re.search("<style|<div|border=", made)
+    empty = mended(pd.DataFrame({"a": [1]}, pd.Index(["p"], name=""))._repr_html_())
+    assert grid(empty) == [[["", "a"]], [["p", "1"]]], "no row without a name"
 
 
 def test_table_with_levels_keeps_them():
