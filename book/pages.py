@@ -98,7 +98,7 @@ def page_fields(book, page, pages):
 def inline(markdown):
     "One line of Markdown in HTML: emphasis, code and formulas."
     if not markdown: return ""
-    return re.sub(r"^<p>|</p>$", "", pandoc(markdown, "-f", "markdown", "-t", "html5", "--mathml").strip())
+    return norms(re.sub(r"^<p>|</p>$", "", pandoc(markdown, "-f", "markdown", "-t", "html5", "--mathml").strip()))
 
 
 def chapters(pages, here):
