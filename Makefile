@@ -3,7 +3,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Sections of the chapters to run besides the plain ones: make test FLAGS="study mnist"
+# Sections of the chapters to run besides the plain ones: make test FLAGS="long mnist"
 FLAGS ?=
 PORT ?= 8000
 
@@ -22,7 +22,7 @@ test: export PYTHONDONTWRITEBYTECODE :=
 
 help:
 	@echo 'make book      build the site into _docs/'
-	@echo 'make test      test everything that this machine can; FLAGS="study slow" adds flagged sections'
+	@echo 'make test      test everything that this machine can; FLAGS="long slow" adds flagged sections'
 	@echo 'make chapters  run the chapters and save their outputs; ONLY=04_tying runs one'
 	@echo 'make bench     measure speed against peers and limits'
 	@echo 'make preview   serve the site at http://localhost:$(PORT)'

@@ -2,7 +2,7 @@
 
     python book/execute.py [04_tying ...]
 
-Cells with a flag of `tst_flags` run when SHARETIE_FLAGS names it (`gpu` also where CUDA is present, `study` always);
+Cells with a flag of `tst_flags` run when SHARETIE_FLAGS names it (`gpu` also where CUDA is present, `long` always);
 the others keep the outputs that they have. A notebook is written only when all of it ran.
 """
 import os
@@ -58,7 +58,7 @@ def save(nb, path):
 
 def main(names):
     os.environ["IN_TEST"] = "1"
-    os.environ["SHARETIE_FLAGS"] = f"study {os.environ.get('SHARETIE_FLAGS', '')}"
+    os.environ["SHARETIE_FLAGS"] = f"long {os.environ.get('SHARETIE_FLAGS', '')}"
     os.environ["PYTHONHASHSEED"] = "0"
     pd.set_option("display.max_colwidth", None)  # the pages wrap what is long
     nbs = sorted(get_config().nbs_path.glob("*.ipynb"))

@@ -1,4 +1,4 @@
-"Which flagged cells and tests run: those that SHARETIE_FLAGS names, `study` with any of them, and `gpu` where CUDA is present."
+"Which flagged cells and tests run: those that SHARETIE_FLAGS names, `long` with any of them, and `gpu` where CUDA is present."
 import os
 
 from nbdev.config import get_config
@@ -15,7 +15,7 @@ def flags_on():
     asked = set(os.environ.get("SHARETIE_FLAGS", "").split())
     if asked - known_flags():
         raise ValueError(f"unknown flag {', '.join(sorted(asked - known_flags()))}; known: {', '.join(sorted(known_flags()))}")
-    if asked: asked.add("study")  # larger sections build on the studies
+    if asked: asked.add("long")  # larger sections build on the long ones
     return asked | ({"gpu"} if torch.cuda.is_available() else set())
 
 

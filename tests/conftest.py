@@ -1,6 +1,6 @@
 """What all tests share: flags, data, a results folder of their own, and a last word on what was left out.
 
-A test or chapter section with a flag (`study`, `gpu`, `slow`, `mnist`, `adult`, `conll`) runs when SHARETIE_FLAGS names
+A test or chapter section with a flag (`long`, `gpu`, `slow`, `mnist`, `adult`, `conll`) runs when SHARETIE_FLAGS names
 it; `gpu` runs wherever CUDA is. `make test FLAGS="slow mnist"` sets the variable.
 """
 import os

@@ -12,6 +12,7 @@ A scheme is a function `build(trunk, heads, axis)` to a `Multitask` model, where
 import copy
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -193,4 +194,5 @@ def check_compiled(build, kind, tmp_path):
     for task, y in model(x).items(): torch.testing.assert_close(outputs[task], y)
 
 
-CHECKS = [check_forward, check_own_inputs, check_gradients, check_independence, check_files, check_training, check_balancing, check_compiled]
+CHECKS = [check_forward, check_own_inputs, check_gradients, check_independence, check_files, check_training, check_balancing,
+          pytest.param(check_compiled, marks=pytest.mark.long)]

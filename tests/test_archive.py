@@ -85,6 +85,7 @@ def test_quantized_models_are_coded_too(tmp_path, bits):
     assert os.path.getsize(tmp_path / "a") < 3200 * bits / 8 + 200 * 4 + 800
 
 
+@pytest.mark.long
 def test_the_same_model_gives_the_same_bytes(tmp_path):
     code = ("import sys, torch; from torch import nn; from sharetie.archive import save_archive; from sharetie.codebooks import cluster_;"
             "torch.manual_seed(0); save_archive(cluster_(nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 9)), 4), sys.argv[1])")

@@ -92,6 +92,7 @@ def test_empty_and_meta():
     assert attention(q, k, v, causal=True).is_meta
 
 
+@pytest.mark.long
 def test_attention_compiles_whole():
     q, k, v = heads(kv=2)
     whole = torch.compile(attention, fullgraph=True, backend="aot_eager")

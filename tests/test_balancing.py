@@ -387,6 +387,7 @@ def two_steps(name, form):
     return flat(p.grad for p in net.parameters()).numpy()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, form", [("nash", "exact"), ("pcgrad", "representation")])
 def test_two_processes_take_the_step_of_one(tmp_path, name, form):
     found = in_two_processes(two_steps, tmp_path, name, form)

@@ -796,6 +796,7 @@ def test_a_copy_keeps_its_own_ties():
     with pytest.raises(BrokenTie): other.load_state_dict({**untied_state(mapped()), "head.weight": torch.zeros(6, 4)})
 
 
+@pytest.mark.long
 def test_a_pickle_keeps_in_a_fresh_process_whatever_hooks_come_after(tmp_path):
     torch.save(keep_ties(mapped()), tmp_path / "model.pt")
     code = f"""

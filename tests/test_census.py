@@ -759,6 +759,7 @@ print(next((line.split()[1] for line in open("/proc/self/status") if line.starts
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_seventy_billion_parameters_in_less_than_a_gigabyte_with_torch_alone():
     "Touvron et al. 2023, Llama 2 70B, in a process of its own, which imports nothing but torch."

@@ -160,6 +160,7 @@ def test_arguments_of_streams():
     with pytest.raises(TypeError, match="whole numbers"): to_stream(torch.tensor([True]), 2)
 
 
+@pytest.mark.long
 def test_other_processes_write_the_same_bytes():
     code = ("import torch, zlib; from sharetie.coding import to_stream; torch.manual_seed(0);"
             "print(zlib.crc32(to_stream((torch.rand(5000) * 9).int(), 9).numpy()))")

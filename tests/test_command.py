@@ -122,6 +122,7 @@ def test_help_and_version():
     assert "ties" in run("-h").output and "--near TOL" in run("ties", "-h").output and "IN OUT" in run("dedup", "--help").output
 
 
+@pytest.mark.long
 def test_as_a_process(folder):
     done = subprocess.run([sys.executable, "-c", "from sharetie.command import main; main()", "ties", "broken.safetensors"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.startswith("kind") and done.stderr == ""

@@ -43,6 +43,7 @@ def test_every_scheme_takes_as_many_steps_for_its_model(scheme, monkeypatch):
     else: assert sum(epochs for _, epochs in taken) == 10 and taken[-1][0] is model
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_seed_gives_the_same_bits_and_learns(scheme):
     once, again, other = (train_scheme(scheme, study(), seed) for seed in (1, 1, 2))
@@ -70,6 +71,7 @@ def test_hard_sharing_is_that_of_the_loop():
     for p, q in zip(found.parameters(), by_hand.parameters(), strict=True): assert torch.equal(p, q)
 
 
+@pytest.mark.long
 def test_masks_are_chosen_on_validation_data():
     "Labels of validation that are wrong about one task change the choice of masks, and labels that are right again do not."
     right = train_scheme("sparse", study(), 0)

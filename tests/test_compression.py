@@ -345,6 +345,7 @@ def shell(*words, **variables):
     return subprocess.run([sys.executable, "-c", "from sharetie.command import main; main()", *words], capture_output=True, text=True, env=os.environ | variables)
 
 
+@pytest.mark.long
 def test_the_commands_in_a_shell(folder):
     done = shell("compress", "model.safetensors", "small", "--recipe", "few.json")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -360,6 +361,7 @@ def test_the_commands_in_a_shell(folder):
     assert all(torch.equal(t, load_file("plain.safetensors")[name]) for name, t in run.model.state_dict().items())
 
 
+@pytest.mark.long
 def test_a_killed_process_is_gone_on_with(folder):
     words = "compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks:task"
     done = shell(*words, STEPS="14")

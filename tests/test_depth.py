@@ -93,6 +93,7 @@ CHANGES = [lambda m: relax_layers_(m, 2), lambda m: relax_layers_(m, 3, "cycle",
 def test_ties_live_through_training_copies_pickles_and_files(change, tmp_path): lives_through(change, tmp_path)
 
 
+@pytest.mark.long
 def test_compiled():
     model = Model(2)
     relax_layers_(model, 2)
@@ -207,6 +208,7 @@ def test_recursion_gradcheck_and_causality():
     for a, b in zip(model(x), model(later)): torch.testing.assert_close(a[:, :3], b[:, :3])
 
 
+@pytest.mark.long
 def test_recursion_compiles_copies_and_runs_on_meta():
     model, x = universal(3)
     for a, b in zip(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x)): torch.testing.assert_close(a, b)

@@ -145,6 +145,7 @@ def test_generative_fit_is_a_fixed_point_of_expectation_maximization():
     torch.testing.assert_close(model.score.softmax(0).detach(), weight / weight.sum(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.long
 def test_small_alpha_nears_the_generative_end():
     data, (more, _) = clouds(30), clouds(60, seed=1)
     generative = Hybrid(GaussianClasses(3, 2).double(), alpha=0, prior=3.)

@@ -464,6 +464,7 @@ def test_wrapped_models_are_refused(one_process):
         with pytest.raises(ValueError, match="not wrapped yet"): share_module_(model, [prefix + "norm", prefix + "other_norm"])
 
 
+@pytest.mark.long
 def test_what_a_wrapper_holds_is_refused_while_it_lives(one_process):
     model = Words()
     ddp = nn.parallel.DistributedDataParallel(model)
@@ -475,6 +476,7 @@ def test_what_a_wrapper_holds_is_refused_while_it_lives(one_process):
     assert tie_(model, PAIR).names == tuple(PAIR)
 
 
+@pytest.mark.long
 def test_a_part_of_what_a_wrapper_holds_is_refused(one_process):
     net = nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     ddp = nn.parallel.DistributedDataParallel(net)

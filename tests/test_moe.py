@@ -780,6 +780,7 @@ def test_experts_alone():
     assert experts.w_in.abs().max() <= DIM ** -.5 and experts.w_out.abs().max() <= HIDDEN ** -.5
 
 
+@pytest.mark.long
 def test_the_operators_may_be_defined_again_while_layers_of_before_go_on(tmp_path):
     "A second definition, as by a notebook, frees the first: layers must call the operator by name, never hold it."
     script = tmp_path / "twice.py"

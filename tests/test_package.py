@@ -83,6 +83,7 @@ def test_the_sdist_holds_what_its_wheel_is_built_from(built):
     assert {"settings.ini", "setup.py", "README.md", "LICENSE"} <= names
 
 
+@pytest.mark.long
 def test_the_wheel_installs_and_imports(built, tmp_path):
     with zipfile.ZipFile(built[1]) as wheel:
         metadata = next(wheel.read(n).decode() for n in wheel.namelist() if n.endswith("METADATA"))

@@ -667,6 +667,7 @@ def test_a_warning_of_ties_that_a_file_brings_points_at_the_caller(tmp_path):
     assert [w.filename for w in told] == [__file__]
 
 
+@pytest.mark.long
 def test_ties_of_a_file_are_not_made_inside_of_a_wrapper(tmp_path, one_process):
     save_model(tiny(), tmp_path / "model")
     ddp = nn.parallel.DistributedDataParallel(tiny(1, tied=False))

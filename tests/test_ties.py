@@ -42,10 +42,12 @@ def check_column(name, found):
         assert {*cells.values()} <= {*matrix.OUTCOMES}
 
 
-@pytest.mark.parametrize("name", [name for name in matrix.COLUMNS if name not in matrix.DISTRIBUTED])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in ("torch.compile", "torch.export")))
+                                  for name in matrix.COLUMNS if name not in matrix.DISTRIBUTED])
 def test_matrix(name): check_column(name, matrix.outcomes(name))
 
 
+@pytest.mark.long
 def test_matrix_on_two_processes():
     for name, found in matrix.distributed().items(): check_column(name, found)
 
@@ -259,6 +261,7 @@ def test_param_groups_lists_every_trained_parameter_once(pairs, trained):
 
 # Row 5: shards
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_row_5_fsdp2_takes_the_groups_and_nothing_smaller(one_process):
     model = words()

@@ -126,6 +126,7 @@ def test_layers_put_out_nearly_what_they_did(cascade):
     assert torch.equal(again(x), model(x)) and model.training
 
 
+@pytest.mark.long
 def test_a_layer_that_something_else_reads_too_is_kept_near_everywhere():
     class Skip(nn.Module):
         def __init__(self):

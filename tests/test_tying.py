@@ -635,6 +635,7 @@ def sharded():
             for p, q in zip(models[1].parameters(), plain[1].parameters()): torch.testing.assert_close(p.full_tensor(), q)
 
 
+@pytest.mark.long
 def test_two_processes_of_fsdp2_equal_one(tmp_path):
     in_two_processes(sharded, tmp_path)
 
