@@ -21,6 +21,29 @@ from .sparse import OwnWeights
 from .tasks import Multitask, TaskLosses
 from .tying import TiePenalty
 
+# %% ../nbs/22_adaptive.ipynb #481ee2cb
+def _place_gradients(losses, places):
+    "By place and task, the gradients of the losses for the parameters there, in one line."
+    grads = {}
+    for task, loss in losses.items():
+        mine = [(place, p) for place, own in places.items() for p in own.get(task, []) if p.requires_grad]
+        if not mine: continue
+        options = {"retain_graph": True, "materialize_grads": True}
+        got = torch.autograd.grad(loss, [p for _, p in mine], **options)
+        for (place, _), g in zip(mine, got):
+            grads.setdefault(place, {}).setdefault(task, []).append(g.flatten())
+    return {place: {task: torch.cat(parts) for task, parts in own.items()} for place, own in grads.items()}
+
+
+def _cosines(grads, tasks):
+    "Cosines of the gradients by task, tasks × tasks: NaN for those that are not there or have no direction."
+    rows = torch.stack([g.float() for g in grads.values()])
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    cosines = rows.new_full((len(tasks),) * 2, float("nan"))
+    at = torch.tensor([tasks.index(task) for task in grads])
+    cosines[at[:, None], at] = rows @ rows.T
+    return cosines
+
 # %% ../nbs/22_adaptive.ipynb #69c51100
 class Agreement:
     """A loss that also follows how well the gradients of tasks agree, place by place.
@@ -45,23 +68,8 @@ class Agreement:
 
     def _observe(self, found):
         "Take the cosines of this batch into the means."
-        places, tasks = self.model.places(), self.model.tasks
-        grads = {place: {} for place in places}
-        for task, loss in found.items():
-            mine = [(place, p) for place, own in places.items() for p in own.get(task, [])]
-            mine = [(place, p) for place, p in mine if p.requires_grad]
-            if not mine: continue
-            options = {"retain_graph": True, "materialize_grads": True}
-            got = torch.autograd.grad(loss, [p for _, p in mine], **options)
-            for (place, _), g in zip(mine, got):
-                grads[place].setdefault(task, []).append(g.flatten())
-        for place, own in grads.items():
-            if not own: continue
-            rows = torch.stack([torch.cat(parts).float() for parts in own.values()])
-            new = rows.new_full((len(tasks),) * 2, float("nan"))
-            at = torch.tensor([tasks.index(task) for task in own])
-            rows = rows / rows.norm(dim=1, keepdim=True)  # NaN where there is no direction
-            new[at[:, None], at] = rows @ rows.T
+        for place, own in _place_gradients(found, self.model.places()).items():
+            new = _cosines(own, self.model.tasks)
             old = self.means.get(place, new)
             mean = torch.where(old.isnan(), new, self.memory * old + (1 - self.memory) * new)
             self.means[place] = torch.where(new.isnan(), old, mean)
@@ -73,7 +81,7 @@ class Agreement:
         rows = {place: [mean[pair].item() for pair in pairs] for place, mean in self.means.items()}
         return pd.DataFrame(rows, names).T
 
-
+# %% ../nbs/22_adaptive.ipynb #4089169e
 def _following(agreement, model):
     "An agreement, if it follows this model."
     fine = isinstance(agreement, Agreement)
@@ -111,6 +119,32 @@ def _components(tasks, agree):
         groups = [g for g in groups if g not in near] + [[t for g in near for t in g] + [task]]
     return sorted([sorted(g, key=tasks.index) for g in groups], key=lambda g: tasks.index(g[0]))
 
+# %% ../nbs/22_adaptive.ipynb #9ad60bef
+def _check_finer(old, new, where):
+    "Raise unless each new group of tasks is within an old one."
+    fine = all(any(set(group) <= set(g) for g in old) for group in new)
+    need(fine, where, f"groups within {old}", new)
+
+
+def _parted(stage, groups, optimizer):
+    "A stage with a node for each group: the first of an old one keeps its own, the others get copies."
+    new = {}
+    for key, node in stage.items():
+        first, *others = ["+".join(g) for g in groups if set(g) <= set(key.split("+"))]
+        new[first] = node
+        for name in others:
+            new[name] = deepcopy(node)
+            _follow(optimizer, node, new[name])
+    return nn.ModuleDict(new)
+
+
+def _follow(optimizer, old, new):
+    "Let the weights of a copy join an optimizer, with the state of the old ones."
+    for p, q in zip(old.parameters(), new.parameters()) if optimizer is not None else ():
+        for group in optimizer.param_groups:
+            if any(p is other for other in group["params"]): group["params"].append(q)
+        if p in optimizer.state: optimizer.state[q] = deepcopy(optimizer.state[p])
+
 # %% ../nbs/22_adaptive.ipynb #8386edfe
 class AdaptiveHard(Multitask):
     """One trunk that branches where tasks are in conflict, into a tree.
@@ -147,17 +181,8 @@ class AdaptiveHard(Multitask):
         fine = optimizer is None or isinstance(optimizer, torch.optim.Optimizer)
         need(fine, "optimizer", "a torch optimizer or None", optimizer, TypeError)
         tree = _checked_tree(tree, self.tasks, len(self.nodes))
-        for l, (old, new) in enumerate(zip(self.tree, tree)):
-            fine = all(any(set(group) <= set(g) for g in old) for group in new)
-            need(fine, f"tree[{l}]", f"groups within {old}", new)
-        for l, (stage, groups) in enumerate(zip(self.nodes, tree)):
-            new = {}
-            for key, node in stage.items():
-                inside = [g for g in groups if set(g) <= set(key.split("+"))]
-                for g in inside:
-                    new["+".join(g)] = node if g is inside[0] else deepcopy(node)
-                    if g is not inside[0]: _follow(optimizer, node, new["+".join(g)])
-            self.nodes[l] = nn.ModuleDict(new)
+        for l, (old, new) in enumerate(zip(self.tree, tree)): _check_finer(old, new, f"tree[{l}]")
+        for l, groups in enumerate(tree): self.nodes[l] = _parted(self.nodes[l], groups, optimizer)
 
     def answer(self, x, tasks):
         z = dict.fromkeys(tasks, x)
@@ -178,14 +203,6 @@ class AdaptiveHard(Multitask):
             for key, node in stage.items():
                 found[f"{l}.{key}"] = dict.fromkeys(key.split("+"), list(node.parameters()))
         return {place: own for place, own in found.items() if len(own) > 1}
-
-
-def _follow(optimizer, old, new):
-    "Let the weights of a copy join an optimizer, with the state of the old ones."
-    for p, q in zip(old.parameters(), new.parameters()) if optimizer is not None else ():
-        for group in optimizer.param_groups:
-            if any(p is other for other in group["params"]): group["params"].append(q)
-        if p in optimizer.state: optimizer.state[q] = deepcopy(optimizer.state[p])
 
 # %% ../nbs/22_adaptive.ipynb #7f6cd33a
 def draw_tree(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import need, real, tensor, whole
+from .errors import need, real, tensor, through, whole
 
 # %% ../nbs/12_attention.ipynb #8ca448db
 def _check_heads(q, k, v):
@@ -41,6 +41,7 @@ def _seen(mask, causal, shape, device):
     mask = tensor(mask, "mask")
     fine = mask.dtype == torch.bool or mask.is_floating_point()
     need(fine, "mask", "a tensor of True and False, or of numbers to add,", mask, TypeError)
+    need(mask.device == device, "mask", f"a tensor on {device}", str(mask.device))
     try: fine = torch.broadcast_shapes(mask.shape, shape) == shape
     except RuntimeError: fine = False
     need(fine, "mask", f"a shape that stretches to {tuple(shape)}", tuple(mask.shape))
@@ -59,13 +60,22 @@ def attention(
 
     Raises TypeError or ValueError for tensors that do not fit. Source: Vaswani et al. 2017, equation 1."""
     _check_heads(q, k, v)
+    need(isinstance(causal, bool), "causal", "True or False", causal, TypeError)
     k, v = (t.repeat_interleave(q.shape[-3] // k.shape[-3], -3) for t in (k, v))
     scores = q @ k.mT / math.sqrt(q.shape[-1])
     seen, bias = _seen(mask, causal, scores.shape, q.device)
-    if bias is not None: scores = scores + bias
+    if bias is not None: scores = scores + bias.to(scores.dtype)
     if seen is None: return scores.softmax(-1) @ v
     weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1)
     return weights.masked_fill(~seen, 0) @ v
+
+# %% ../nbs/12_attention.ipynb #cde504c4
+def _check_alike(name, old, new):
+    "Raise unless new keys or values can follow those of a cache."
+    sizes = [(*t.shape[:-2], t.shape[-1]) for t in (old, new)]
+    need(sizes[0] == sizes[1], name, f"batch, heads and width of the cache, {sizes[0]},", sizes[1])
+    kinds = [f"{t.dtype} on {t.device}" for t in (old, new)]
+    need(kinds[0] == kinds[1], name, f"{kinds[0]}, as the cache is,", kinds[1])
 
 # %% ../nbs/12_attention.ipynb #6494f010
 class Cache:
@@ -83,13 +93,27 @@ class Cache:
         k: Tensor,  # (batch, heads, new positions, width)
         v: Tensor,
     ) -> tuple[Tensor, Tensor]:  # keys and values of all positions
-        "Add new positions at the end. Raises ValueError for other sequences or heads than before."
+        "Add new positions at the end. Raises TypeError or ValueError, and stays, for other ones than before."
+        tensor(k, "k", floating=True), tensor(v, "v", floating=True)
+        need(k.ndim > 2 and k.shape[:-1] == v.shape[:-1], "v", f"batch, heads and positions of k, {tuple(k.shape[:-1])},", tuple(v.shape[:-1]))
         if self.k is not None:
-            apart = [tuple(t.shape[:-2]) + (t.shape[-1],) for t in (self.k, k)]
-            need(apart[0] == apart[1], "x", f"the sequences of the cache, {self.k.shape[0]}", f"{k.shape[0]}")
+            for name, old, new in (("k", self.k, k), ("v", self.v, v)): _check_alike(name, old, new)
             k, v = torch.cat([self.k, k], -2), torch.cat([self.v, v], -2)
         self.k, self.v = k, v
         return k, v
+
+# %% ../nbs/12_attention.ipynb #57864b34
+def _check_choices(dtype, **flags):
+    "Raise for what is neither True nor False, and for types that cannot be trained."
+    for name, value in flags.items(): need(isinstance(value, bool), name, "True or False", value, TypeError)
+    fine = dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    need(fine, "dtype", "a floating point type", dtype, TypeError)
+
+
+def _check_positions(x, dim):
+    "Raise for what is no tensor of vectors of this width."
+    tensor(x, "x", floating=True)
+    need(x.ndim > 1 and x.shape[-1] == dim, "x", f"(batch, positions, {dim})", tuple(x.shape))
 
 # %% ../nbs/12_attention.ipynb #3540d4ed
 class Attention(nn.Module):
@@ -108,6 +132,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         dim, heads = whole(dim, "dim", 1), whole(heads, "heads", 1)
+        _check_choices(dtype, causal=causal, bias=bias)
         need(dim % heads == 0, "heads", f"a divisor of dim={dim}", heads)
         kv_heads = heads if kv_heads is None else whole(kv_heads, "kv_heads", 1)
         need(heads % kv_heads == 0, "kv_heads", f"a divisor of heads={heads}", kv_heads)
@@ -128,10 +153,8 @@ class Attention(nn.Module):
         cache: Cache | None = None,  # of the positions before; grows by those of x
     ) -> Tensor:  # as x
         "Mix positions."
-        tensor(x, "x", floating=True)
-        fine = x.ndim > 1 and x.shape[-1] == self.dim
-        need(fine, "x", f"(batch, positions, {self.dim})", tuple(x.shape))
-        q, k, v = (f(x).unflatten(-1, (-1, self.width)).transpose(-3, -2) for f in (self.q, self.k, self.v))
+        _check_positions(x, self.dim)
+        q, k, v = (through(f, x, "x").unflatten(-1, (-1, self.width)).transpose(-3, -2) for f in (self.q, self.k, self.v))
         need(cache is None or isinstance(cache, Cache), "cache", "a Cache or None", cache, TypeError)
         positions = k.shape[-2] + (0 if cache is None else len(cache))
         grouped, plain = self.kv_heads < self.heads, mask is None and q.shape[-2] == positions
@@ -194,7 +217,8 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        hidden = 4 * whole(dim, "dim", 1) if hidden is None else whole(hidden, "hidden", 1)
+        whole(dim, "dim", 1), _check_choices(dtype)
+        hidden = 4 * dim if hidden is None else whole(hidden, "hidden", 1)
         made = {"device": device, "dtype": dtype}
         self.norm1, self.norm2 = nn.LayerNorm(dim, **made), nn.LayerNorm(dim, **made)
         self.attention = Attention(dim, heads, kv_heads, causal, bias, **made)
@@ -207,7 +231,8 @@ class Block(nn.Module):
         cache: Cache | None = None,  # of this block's attention at this depth
     ) -> Tensor:  # as x
         "Mix positions, then features."
-        x = x + self.attention(self.norm1(x), mask, cache)
+        _check_positions(x, self.norm1.normalized_shape[-1])
+        x = x + self.attention(through(self.norm1, x, "x"), mask, cache)
         return x + self.feedforward(self.norm2(x))
 
 # %% ../nbs/12_attention.ipynb #1e3b02cd
@@ -224,6 +249,7 @@ def positions(
     Raises ValueError for an odd dim. Source: Vaswani et al. 2017, section 3.5."""
     n, dim, start = whole(n, "n", 0), whole(dim, "dim", 2), whole(start, "start", 0)
     need(dim % 2 == 0, "dim", "an even number", dim)
+    _check_choices(dtype)
     base = real(base, "base", above=0)
     at = torch.arange(start, start + n, device=device, dtype=torch.float64)
     frequencies = base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float64) / dim)

@@ -80,44 +80,18 @@ def _leaves(loss, stop=None):
         ahead += [next_node for next_node, _ in node.next_functions]
     return found, met
 
-# %% ../nbs/21_balancing.ipynb #f67aa010
-class Balancer(nn.Module):
-    """Turns the losses of several tasks into gradients, in place of `loss.backward()`.
-
-    Gradients are added to what `.grad` holds, as PyTorch does. Raises TypeError or ValueError for bad losses
-    or names of tasks, and for the state of other tasks or of these in another order."""
-    def __init__(self,
-        on_nan: str = "raise",  # what a loss that is no finite number does: "raise", or "skip" the task
-        tasks: Sequence[str] | None = None,  # names of all; None: any, where a method remembers none
-    ):
+# %% ../nbs/21_balancing.ipynb #89cb25d2
+class _OfTasks(nn.Module):
+    "What may be told the names of all tasks. They are in its state, and no state of others is taken."
+    def __init__(self, tasks):
         super().__init__()
-        self.on_nan, self.tasks = one_of(on_nan, "on_nan", ["raise", "skip"]), tasks
+        self.tasks = tasks
         if tasks is None: return
         fine = isinstance(tasks, Iterable) and not isinstance(tasks, str)
+        self.tasks = list(tasks) if fine else tasks
+        fine = fine and all(isinstance(name, str) for name in self.tasks)
         need(fine, "tasks", "the names of the tasks", tasks, TypeError)
-        self.tasks = list(tasks)
         need(self.tasks and len(set(self.tasks)) == len(self.tasks), "tasks", "different names, at least one", self.tasks)
-
-    def backward(self,
-        losses: Mapping[str, Tensor],  # a scalar for each task that the batch has
-        # the parameters that tasks share; of a Multitask model those that `sharing` names, and
-        # tasks that have none of them then get their own gradient, with coefficient 1
-        shared: nn.Module | Iterable[Tensor],
-        representation: Tensor | None = None,  # output of the shared part, all that heads see of it
-        scaler: "torch.amp.GradScaler | None" = None,  # of mixed precision: gradients are left scaled
-    ) -> Tensor:  # (tasks in the batch,), the weights or coefficients used
-        "Add to the gradients of all parameters that the losses depend on."
-        for name, loss in _scalars(losses).items(): need(loss.requires_grad, f"losses[{name!r}]", "a loss with a gradient", "one without")
-        fine = scaler is None or isinstance(scaler, torch.amp.GradScaler)
-        need(fine, "scaler", "a torch.amp.GradScaler or None", scaler, TypeError)
-        losses, parameters = _finite(losses, self.on_nan), _parameters(shared)
-        if self.tasks is not None: self._places(losses)
-        reach = {name: _leaves(loss, representation) for name, loss in losses.items()}
-        own = isinstance(shared, Multitask) and representation is None
-        must = list(shared.parameters()) if own else parameters
-        for name, found in reach.items(): self._check_attached(name, *found, must, representation)
-        try: return self._backward(losses, [leaves for leaves, _ in reach.values()], parameters, representation, scaler)
-        except _Sparse as error: need(False, _name_of(error.p, shared), "a Parameter with dense gradients", "sparse ones")
 
     def _places(self, names):
         "Where the tasks of a batch stand among all."
@@ -135,6 +109,41 @@ class Balancer(nn.Module):
     def _load_from_state_dict(self, state, prefix, *args):
         if f"{prefix}_extra_state" in state: self.set_extra_state(state[f"{prefix}_extra_state"])  # before numbers are copied
         super()._load_from_state_dict(state, prefix, *args)
+
+# %% ../nbs/21_balancing.ipynb #f67aa010
+class Balancer(_OfTasks):
+    """Turns the losses of several tasks into gradients, in place of `loss.backward()`.
+
+    Gradients are added to what `.grad` holds, as PyTorch does. Raises TypeError or ValueError for bad losses
+    or names of tasks, and for the state of other tasks or of these in another order."""
+    def __init__(self,
+        on_nan: str = "raise",  # what a loss that is no finite number does: "raise", or "skip" the task
+        tasks: Sequence[str] | None = None,  # names of all; None: any, where a method remembers none
+    ):
+        super().__init__(tasks)
+        self.on_nan = one_of(on_nan, "on_nan", ["raise", "skip"])
+
+    def backward(self,
+        losses: Mapping[str, Tensor],  # a scalar for each task that the batch has
+        # the parameters that tasks share; of a Multitask model those that `sharing` names, and
+        # tasks that have none of them then get their own gradient, with coefficient 1
+        shared: nn.Module | Iterable[Tensor],
+        representation: Tensor | None = None,  # output of the shared part, all that heads see of it
+        scaler: "torch.amp.GradScaler | None" = None,  # of mixed precision: gradients are left scaled
+    ) -> Tensor:  # (tasks in the batch,), the weights or coefficients used
+        "Add to the gradients of all parameters that the losses depend on."
+        for name, loss in _scalars(losses).items(): need(loss.requires_grad, f"losses[{name!r}]", "a loss with a gradient", "one without")
+        fine = scaler is None or isinstance(scaler, torch.amp.GradScaler)
+        need(fine, "scaler", "a torch.amp.GradScaler or None", scaler, TypeError)
+        if representation is not None: tensor(representation, "representation", floating=True)
+        losses, parameters = _finite(losses, self.on_nan), _parameters(shared)
+        if self.tasks is not None: self._places(losses)
+        reach = {name: _leaves(loss, representation) for name, loss in losses.items()}
+        own = isinstance(shared, Multitask) and representation is None
+        must = list(shared.parameters()) if own else parameters
+        for name, found in reach.items(): self._check_attached(name, *found, must, representation)
+        try: return self._backward(losses, [leaves for leaves, _ in reach.values()], parameters, representation, scaler)
+        except _Sparse as error: need(False, _name_of(error.p, shared), "a Parameter with dense gradients", "sparse ones")
 
     def _check_attached(self, name, leaves, met, shared, representation):
         "Raise unless the loss depends on a shared parameter, and on the representation if there is one."
@@ -221,13 +230,15 @@ def _logarithms(losses, names):
 class Uncertainty(LossWeights):
     """Weights from a log variance per task, `log_variance`, which the optimizer must hold.
 
-    Raises ValueError for tasks without names here. Source: Kendall, Gal and Cipolla 2018, equation 10."""
+    Raises TypeError or ValueError for names that are none. Source: Kendall, Gal and Cipolla 2018, equation 10."""
     def __init__(self,
         tasks: Sequence[str],  # names
         regression: Iterable[str] = (),  # those of them whose loss is a squared error
         on_nan="raise",
     ):
         super().__init__(on_nan, tasks)
+        fine = isinstance(regression, Iterable) and not isinstance(regression, str)
+        need(fine, "regression", "a list of names", regression, TypeError)
         squared = {one_of(name, "regression", self.tasks) for name in regression}
         self.log_variance = nn.Parameter(torch.zeros(len(self.tasks)))
         self.register_buffer("factor", torch.tensor([.5 if name in squared else 1. for name in self.tasks]))
@@ -305,20 +316,24 @@ class Prioritization(LossWeights):
 
 # %% ../nbs/21_balancing.ipynb #8de2766a
 class _Logits(nn.Module):
-    "One logit per task, moved by an Adam of its own, which is saved with it."
+    "One logit per task, moved by an Adam of its own. All that it remembers are tensors, which any file can hold."
     def __init__(self, count, lr, decay=0.):
         super().__init__()
+        self.lr, self.decay = real(lr, "lr", above=0), real(decay, "decay", low=0)
         self.values = nn.Parameter(torch.zeros(count, dtype=torch.float64))
-        self.adam = torch.optim.Adam([self.values], lr=real(lr, "lr", above=0), weight_decay=real(decay, "decay", low=0))
+        for name in ("mean", "square"): self.register_buffer(name, torch.zeros(count, dtype=torch.float64))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float64))
 
     def move(self, objective):
-        "One step down."
-        (self.values.grad,) = torch.autograd.grad(objective, self.values)
-        self.adam.step()
-        self.values.grad = None  # or an optimizer that holds it too would move it again
-
-    def get_extra_state(self): return self.adam.state_dict()
-    def set_extra_state(self, state): self.adam.load_state_dict(state)
+        "One step down. No gradient is left, or an optimizer that holds the logits too would move them again."
+        (slope,) = torch.autograd.grad(objective, self.values)
+        with torch.no_grad():
+            slope = slope + self.decay * self.values
+            self.steps += 1
+            self.mean.lerp_(slope, .1)
+            self.square.lerp_(slope.square(), .001)
+            length = (self.square / (1 - .999 ** self.steps)).sqrt() + 1e-8
+            self.values -= self.lr * self.mean / (1 - .9 ** self.steps) / length
 
 # %% ../nbs/21_balancing.ipynb #cdfae910
 class FAMO(LossWeights):
@@ -474,6 +489,17 @@ class _Apart:
             _average(new, self.group)
         for p, g in zip(self.leaves, new): _accumulate(p, g)
 
+# %% ../nbs/21_balancing.ipynb #c2ad1df7
+def _gram_over(group, rows, z):
+    "Inner products of the gradients of the whole batch, over all processes of a group."
+    if group is None: return _gram(rows)
+    if z is None:
+        _average([g for row in rows for g in row if g is not None], group)
+        return _gram(rows)
+    gram = _gram(rows)
+    dist.all_reduce(gram, group=group)
+    return gram / dist.get_world_size(group) ** 2
+
 # %% ../nbs/21_balancing.ipynb #fc647d5d
 class GradientBalancer(Balancer):
     """Combines the gradients of the tasks with respect to the shared parameters.
@@ -481,13 +507,15 @@ class GradientBalancer(Balancer):
     If `backward` is given the representation, the gradients that are compared are those with respect to it,
     and the shared part sees one backward pass in all. A task whose gradient is no finite number counts as
     one whose loss is none: `on_nan` says what it does; to "skip" it, graphs are kept until the losses are gone.
-    Raises ValueError for sparse gradients."""
+    Raises TypeError for anything but a process group, ValueError for sparse gradients."""
     def __init__(self,
         group=None,  # of processes that each have a part of the batch, as `torch.distributed.group.WORLD`
         on_nan: str = "raise",
         tasks: Sequence[str] | None = None,
     ):
         super().__init__(on_nan, tasks)
+        fine = group is None or dist.is_available() and isinstance(group, dist.ProcessGroup)
+        need(fine, "group", "a process group or None", group, TypeError)
         self.group = group
 
     def combine(self,
@@ -524,21 +552,11 @@ class GradientBalancer(Balancer):
 
     def _step(self, rows, losses, z, scaler):
         "The combination and its coefficients; the plain sum where a scaler will see an overflow, and skip the step."
-        gram = self._inner_products(rows, z)
+        gram = _gram_over(self.group, rows, z)
         fine = gram.diagonal().isfinite().tolist()
         if scaler is not None and not all(fine): return _plain_sum(rows)
         if not all(fine): raise _NotFinite([name for name, good in zip(losses, fine) if not good])
         return self.combine(rows, gram if scaler is None else gram / scaler.get_scale() ** 2, losses)
-
-    def _inner_products(self, rows, z):
-        "Of the gradients of the whole batch, over all processes."
-        if self.group is None: return _gram(rows)
-        if z is None:
-            _average([g for row in rows for g in row if g is not None], self.group)
-            return _gram(rows)
-        gram = _gram(rows)
-        dist.all_reduce(gram, group=self.group)
-        return gram / dist.get_world_size(self.group) ** 2
 
 # %% ../nbs/21_balancing.ipynb #ccfee5fd
 class FromGram(GradientBalancer):
@@ -660,7 +678,8 @@ def two_losses(
     x: Tensor,  # (..., 2)
 ) -> Tensor:  # (..., 2), both losses
     "The two losses of the plane on which the literature draws its paths. Source: Liu et al. 2021 (CAGrad)."
-    a, b = tensor(x, "x", floating=True)[..., 0], x[..., 1]
+    need(tensor(x, "x", floating=True).shape[-1:] == (2,), "x", "points of two numbers", tuple(x.shape))
+    a, b = x.unbind(-1)
     ridges = [.5 * (-7 - a) + torch.tanh(b), .5 * (3 - a) - torch.tanh(b) + 2]
     rough = [ridge.abs().clamp(min=5e-6).log() + 6 for ridge in ridges]
     bowls = [((s - a) ** 2 + .1 * (b + 8) ** 2) / 10 - 20 for s in (7, -7)]

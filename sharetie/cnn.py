@@ -94,7 +94,8 @@ def _outermost(module, layers, path=""):
 class GlobalMax(nn.Module):
     "The maximum of each feature map over all positions."
     def forward(self, x):
-        need(tensor(x, "x").ndim > 2, "x", "a tensor of at least 3 axes", tuple(x.shape))
+        fine = tensor(x, "x").ndim > 2 and 0 not in x.shape[2:]
+        need(fine, "x", "a tensor of at least 3 axes, with positions,", tuple(x.shape))
         return x.flatten(2).amax(-1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .binding import _Whole
-from .errors import function, need, one_of, real, tensor, whole
+from .errors import function, need, one_of, real, tensor, through, whole
 from .finding import Ties, find_ties, places
 from .layers import Difference, _check_alike, _mean, _stack, layer_groups, share_layers_
 from .making import _changeable, _copyable, tie_
@@ -41,6 +41,9 @@ class LowRank(Difference):
         trained: bool = True,
     ):
         super().__init__()
+        tensor(up, "up", floating=True, ndim=2)
+        tensor(down, "down", floating=True, shape=(up.shape[1], None))
+        need(isinstance(trained, bool), "trained", "True or False", trained, TypeError)
         self.up, self.down = (nn.Parameter(t.contiguous(), trained) for t in (up, down))
 
     def forward(self, base): return base + (self.up @ self.down).view_as(base)
@@ -120,6 +123,15 @@ def _relax(model, middle, members):
     tie_(model, names)
     return names[0]
 
+# %% ../nbs/12_depth.ipynb #dc74fc13
+def _fitting(made, argument, shape, stretch=False):
+    "What a function made of a state, if it has the state's shape, or stretches to it."
+    need(isinstance(made, Tensor), argument, "one that returns a tensor", type(made), TypeError)
+    try: fine = made.shape == shape or stretch and torch.broadcast_shapes(made.shape, shape) == shape
+    except RuntimeError: fine = False
+    need(fine, argument, f"one that {'stretches to' if stretch else 'keeps'} the shape {tuple(shape)}", tuple(made.shape))
+    return made
+
 # %% ../nbs/12_depth.ipynb #521449a9
 class Pondered(NamedTuple):
     "What recursion with halting gives."
@@ -158,7 +170,7 @@ class UniversalTransformer(nn.Module):
         running, remainder, count = total == 0, total, total.long()
         for step in range(self.steps):
             state = self._revise(state, running, step, options)
-            p = self.halt(state).squeeze(-1).sigmoid().to(total.dtype)
+            p = through(self.halt, state, "x").squeeze(-1).sigmoid().to(total.dtype)
             stops = running & ((total + p >= self.threshold) | (step == self.steps - 1))
             rest = torch.where(stops, 1 - total, 0)
             weight = torch.where(stops, rest, p * running)
@@ -170,11 +182,9 @@ class UniversalTransformer(nn.Module):
 
     def _revise(self, state, running, step, options):
         "One step, for the positions that run."
-        y = state if self.signal is None else state + self.signal(state, step)
-        y = self.block(y, **options)
-        expected = f"a module that keeps the shape {tuple(state.shape)}"
-        need(isinstance(y, Tensor), "block", "a module that returns a tensor", type(y), TypeError)
-        need(y.shape == state.shape, "block", expected, tuple(y.shape))
+        y = state
+        if self.signal is not None: y = y + _fitting(self.signal(state, step), "signal", state.shape, stretch=True)
+        y = _fitting(self.block(y, **options), "block", state.shape)
         return torch.where(running[..., None], y, state)
 
     def extra_repr(self): return f"dim={self.dim}, steps={self.steps}, threshold={self.threshold}"

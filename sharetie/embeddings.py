@@ -11,15 +11,28 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .errors import match_names, need, tensor, whole
+from .attention import _check_choices
+from .errors import look_up, match_names, need, tensor, through, whole
 from .finding import Ties, Transpose, find_ties, module_paths
 from .making import _check_mapped, _check_members, _members, tie_
+
+# %% ../nbs/12_embeddings.ipynb #5be9a558
+def _check_table(words, padding_idx, dtype, name="num_embeddings"):
+    "Raise for a table without words, padding that is none of them, and types that cannot be trained."
+    whole(words, name, 1)
+    if padding_idx is not None: whole(padding_idx, "padding_idx", -words, words - 1)
+    _check_choices(dtype)
 
 # %% ../nbs/12_embeddings.ipynb #469f463c
 class ScaledEmbedding(nn.Embedding):
     """A table with rows of norm about 1 that gives vectors of variance 1, and so can serve as an output, too.
 
-    Its arguments are those of nn.Embedding. Source: Vaswani et al. 2017, section 3.4."""
+    Its arguments are those of nn.Embedding. Raises TypeError or ValueError for sizes below 1, padding that is no
+    word, and words that it lacks. Source: Vaswani et al. 2017, section 3.4."""
+    def __init__(self, num_embeddings, embedding_dim, padding_idx=None, *args, **options):
+        _check_table(num_embeddings, padding_idx, options.get("dtype"))
+        super().__init__(num_embeddings, whole(embedding_dim, "embedding_dim", 1), padding_idx, *args, **options)
+
     def reset_parameters(self):
         "Draw values of variance 1 / width."
         nn.init.normal_(self.weight, std=self.embedding_dim ** -.5)
@@ -29,7 +42,7 @@ class ScaledEmbedding(nn.Embedding):
         words: Tensor,  # numbers of words, of any shape
     ) -> Tensor:  # with one more axis, of the width
         "Look rows up, times the root of the width."
-        return super().forward(words) * math.sqrt(self.embedding_dim)
+        return look_up(super().forward, words, "words", self.num_embeddings) * math.sqrt(self.embedding_dim)
 
 # %% ../nbs/12_embeddings.ipynb #2a46fc68
 def _check_sizes(vocabulary, inner, dim):
@@ -52,7 +65,7 @@ class FactorizedEmbedding(nn.Module):
     ):
         super().__init__()
         _check_sizes(vocabulary, inner, dim)
-        if padding_idx is not None: whole(padding_idx, "padding_idx", -vocabulary, vocabulary - 1)
+        _check_table(vocabulary, padding_idx, dtype, "vocabulary")
         self.table = nn.Embedding(vocabulary, inner, padding_idx, device=device, dtype=dtype)
         self.widen = nn.Linear(inner, dim, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
@@ -67,8 +80,8 @@ class FactorizedEmbedding(nn.Module):
         words: Tensor,  # numbers of words, of any shape
     ) -> Tensor:  # with one more axis, of width dim
         "Look narrow rows up, and widen them, times the root of dim."
-        tensor(words, "words", floating=False)
-        return self.widen(self.table(words)) * math.sqrt(self.widen.out_features)
+        rows = look_up(self.table, words, "words", self.table.num_embeddings)
+        return self.widen(rows) * math.sqrt(self.widen.out_features)
 
 # %% ../nbs/12_embeddings.ipynb #9aeedd30
 class FactorizedHead(nn.Module):
@@ -84,6 +97,7 @@ class FactorizedHead(nn.Module):
     ):
         super().__init__()
         _check_sizes(vocabulary, inner, dim)
+        _check_choices(dtype)
         self.narrow = nn.Linear(dim, inner, bias=False, device=device, dtype=dtype)
         self.table = nn.Linear(inner, vocabulary, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
@@ -100,7 +114,7 @@ class FactorizedHead(nn.Module):
         tensor(h, "h", floating=True)
         dim = self.narrow.in_features
         need(h.ndim and h.shape[-1] == dim, "h", f"a last axis of {dim}", tuple(h.shape))
-        return self.table(self.narrow(h))
+        return self.table(through(self.narrow, h, "h"))
 
 # %% ../nbs/12_embeddings.ipynb #84fa05df
 def tie_head_(

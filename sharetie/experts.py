@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import need, one_of, whole
-from .routing import Plan, _computed_in, _no_autocast
+from .routing import Plan, _check_made, _computed_in, _no_autocast
 
 # %% ../nbs/30_experts.ipynb #b2b7ba55
 _FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -41,6 +41,7 @@ class FeedForward(nn.Module):
         device=None, dtype=None,
     ):
         super().__init__()
+        _check_made(dtype, bias=bias)
         self.dim, self.hidden = whole(dim, "dim", 1), whole(hidden, "hidden", 1)
         self.expert = one_of(expert, "expert", _EXPERTS)
         options = {"bias": bias, "device": device, "dtype": dtype}
@@ -63,6 +64,7 @@ class _Stacked(nn.Module):
         device=None, dtype=None,
     ):
         super().__init__()
+        _check_made(dtype, bias=bias)
         self.dim, self.hidden = whole(dim, "dim", 1), whole(hidden, "hidden", 1)
         self.num_experts = whole(num_experts, "num_experts", 1)
         self.expert = one_of(expert, "expert", _EXPERTS)

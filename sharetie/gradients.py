@@ -46,10 +46,10 @@ def gradient_by_step(
 # %% ../nbs/11_gradients.ipynb #54a30b38
 def _flat(state):
     "A state as one tensor, (b, s), and how to get back."
-    if isinstance(state, Tensor): return state, lambda flat: flat
-    fine = isinstance(state, tuple)
-    fine = fine and all(isinstance(s, Tensor) and s.ndim == 2 for s in state)
+    parts = state if isinstance(state, tuple) else (state,)
+    fine = all(isinstance(s, Tensor) and s.ndim == 2 for s in parts)
     need(fine, "state", "a tensor (b, h), or a tuple of them,", type(state), TypeError)
+    if isinstance(state, Tensor): return state, lambda flat: flat
     widths = [s.shape[1] for s in state]
     return torch.cat(state, 1), lambda flat: flat.split(widths, -1)
 

@@ -246,6 +246,7 @@ class Everywhere(Map):
         *positions: int,  # along each axis
     ):
         super().__init__()
+        need(positions, "positions", "the length of at least one axis", positions)
         self.positions = tuple(whole(n, "positions", 1) for n in positions)
 
     def forward(self, source): return source.expand(*self.positions, *source.shape)

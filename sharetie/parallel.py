@@ -181,6 +181,7 @@ def data_parallel(
     **options,  # of DistributedDataParallel
 ) -> nn.parallel.DistributedDataParallel:
     "DDP around a model, which leaves alone divided experts and what routers count on each rank."
+    need(isinstance(model, nn.Module), "model", "a module", model, TypeError)
     counts = [name for name, _ in model.named_buffers() if name.split(".")[-2:] == ["router", "load"]]
     wrapper = nn.parallel.DistributedDataParallel
     wrapper._set_params_and_buffers_to_ignore_for_model(model, [*expert_parameters(model), *counts])

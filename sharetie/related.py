@@ -20,6 +20,7 @@ def _one_form(models):
     "Names of the parameters of models that differ in their values only."
     fine = isinstance(models, Sequence) and len(models) > 0 and all(isinstance(m, nn.Module) for m in models)
     need(fine, "models", "a list of modules", type(models), TypeError)
+    need(len({*map(id, models)}) == len(models), "models", "different modules", f"one of them twice, of {len(models)}")
     forms = [{name: tuple(t.shape) for name, t in m.named_parameters()} for m in models]
     fine = all(type(m) is type(models[0]) and form == forms[0] for m, form in zip(models, forms))
     counts = [sum(map(math.prod, form.values())) for form in forms]
@@ -28,6 +29,15 @@ def _one_form(models):
     same = all(torch.equal(a, b) for other in buffers for a, b in zip(other, buffers[0]))
     need(same, "models", "modules with equal buffers", "others")
     return list(forms[0])
+
+# %% ../nbs/31_related.ipynb #adc0960e
+def _drawn(pair, models):
+    "Inputs and labels, if they have a row for each model."
+    fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(part, Tensor) for part in pair)
+    need(fine, "draw", "a function to inputs and labels", pair, TypeError)
+    rows = [part.shape[:1] for part in pair]
+    need(rows == [(models,)] * 2, "draw", f"a function to inputs and labels for each of {models} models", [tuple(part.shape) for part in pair])
+    return pair
 
 # %% ../nbs/31_related.ipynb #4bf7c029
 def fit_together_(
@@ -39,8 +49,8 @@ def fit_together_(
 ) -> Tensor:  # (steps, models), the losses before each step
     """Train many models at once, each on batches of its own; what is frozen in the first is in all.
 
-    Raises TypeError or ValueError for models that differ in form, and FloatingPointError, with the
-    models as they were, where a loss is lost."""
+    Raises TypeError or ValueError for models that differ in form, for batches without a row for each, and a loss
+    that is no scalar, and FloatingPointError where a loss is lost; then the models are as they were."""
     names = _one_form(models)
     function(draw, "draw", []), function(loss, "loss", ["output", "y"])
     steps, rate = whole(steps, "steps", 1), real(rate, "rate", above=0)
@@ -50,7 +60,8 @@ def fit_together_(
     def one(weights, x, y): return loss(functional_call(models[0], weights, (x,)), y)
     for step in range(steps):
         optimizer.zero_grad()
-        found = vmap(one, randomness="different")(weights, *draw())
+        found = vmap(one, randomness="different")(weights, *_drawn(draw(), len(models)))
+        need(found.ndim == 1, "loss", "a function to a scalar", tuple(found.shape[1:]))
         if not found.isfinite().all(): raise FloatingPointError(f"the loss is {found.tolist()} at step {step + 1}")
         found.sum().backward()
         optimizer.step()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data import Tagged, encode
-from .errors import need, one_of, tensor, whole
+from .errors import look_up, need, one_of, tensor, whole
 from .files import Sentences
 from .gradients import *
 from .toys import parts
@@ -208,6 +208,7 @@ class Bidirectional(nn.Module):
         if lengths is None:
             return torch.cat([self.ahead(x)[0], self.back(x.flip(1))[0].flip(1)], -1)
         need(isinstance(x, Tensor) and x.ndim > 1, "x", "a tensor (b, n, …)", x, TypeError)
+        need(0 not in x.shape[:2], "x", "(b, n, …), at least one sequence of one step,", tuple(x.shape))
         lengths = _lengths(lengths, *x.shape[:2])
         alive = (torch.arange(x.shape[1]) < lengths[:, None]).to(x.device)
         x = _blank(x, alive)[:, :lengths.max()]  # no step of these needs the padding, or a state at the end
@@ -231,8 +232,8 @@ def _word_counts(words):
 class Tagger(nn.Module):
     """Scores of tags for each word, from LSTM cells that are shared over time.
 
-    Raises TypeError or ValueError for other arguments, and for padding before a word. Source: Huang,
-    Xu and Yu 2015, without the features and the random field of theirs."""
+    Raises TypeError or ValueError for other arguments, for words that its tables lack, and for padding before
+    a word. Source: Huang, Xu and Yu 2015, without the features and the random field of theirs."""
     def __init__(self,
         sizes: Sequence[int],  # for each column of the input, how many symbols; 0 of the first is padding
         tags: int,  # how many
@@ -259,7 +260,13 @@ class Tagger(nn.Module):
         x = x[..., None] if x.ndim == 2 else x
         tensor(x, "x", shape=(None, None, len(self.embeddings)))
         lengths = _word_counts(x[..., 0])
-        vectors = [table(column) for table, column in zip(self.embeddings, x.unbind(-1))]
-        vectors = torch.cat(vectors, -1)
+        vectors = self._vectors(x)
         if isinstance(self.read, Unrolled): return self.head(self.read(vectors)[0])
-        return self.head(self.read(vectors, lengths))
+        return self.head(self.read(vectors, None if x.is_meta else lengths))
+
+    def _vectors(self, x):
+        "For each word, the vectors of all its columns in a row."
+        tables, columns = self.embeddings, x.unbind(-1)
+        names = [f"x[..., {i}]" for i in range(len(columns))] if len(columns) > 1 else ["x"]
+        found = [look_up(table, column, name, table.num_embeddings) for table, column, name in zip(tables, columns, names)]
+        return torch.cat(found, -1)

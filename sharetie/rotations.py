@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .errors import need, one_of, tensor, whole
+from .errors import need, one_of, real, tensor, whole
 from .finding import Map
 
 # %% ../nbs/10_rotations.ipynb #4b8dcd9e
@@ -355,9 +355,10 @@ def rotate(
     """Each image turned about its middle by its own angle, with linear interpolation, 0 outside.
 
     Raises TypeError or ValueError where the two do not belong together."""
-    tensor(images, "images", floating=True, ndim=4)
+    tensor(images, "images", floating=True, ndim=4, filled=True)
     tensor(degrees, "degrees", floating=True, shape=(len(images),), finite=True)
     _check_square(images)
+    need(degrees.device == images.device, "degrees", f"a tensor on {images.device}, as the images,", str(degrees.device))
     cos, sin = torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))
     zero = torch.zeros_like(cos)
     rows = torch.stack([cos, -sin, zero], -1), torch.stack([sin, cos, zero], -1)
@@ -375,6 +376,7 @@ class Z2CNN(nn.Sequential):
     ):
         super().__init__()
         ins, channels = 1, whole(channels, "channels", 1)
+        real(dropout, "dropout", 0, 1)
         for i in range(6):
             self.extend([nn.Conv2d(ins, channels, 3), nn.BatchNorm2d(channels), nn.ReLU()])
             self.append(nn.MaxPool2d(2) if i == 1 else nn.Dropout(dropout))
@@ -402,6 +404,7 @@ class P4CNN(nn.Sequential):
     ):
         super().__init__()
         ins, channels = 1, whole(channels, "channels", 1)
+        real(dropout, "dropout", 0, 1)
         for i in range(6):
             conv = GroupConv2d(ins, channels, 3, group, lifting=i == 0)
             self.extend([conv, nn.BatchNorm3d(channels), nn.ReLU()])

@@ -83,6 +83,13 @@ def _sizes(num_experts, top_k):
     need(1 <= k <= num_experts, "top_k", f"from 1 to num_experts = {num_experts}", k)
     return num_experts, k
 
+
+def _check_made(dtype, **switches):
+    "Raise unless weights can be of this type, and switches are True or False."
+    fine = dtype is None or isinstance(dtype, torch.dtype) and dtype.is_floating_point
+    need(fine, "dtype", "a floating point type or None", dtype, TypeError)
+    for name, value in switches.items(): need(isinstance(value, bool), name, "True or False", value, TypeError)
+
 # %% ../nbs/30_routing.ipynb #ee34af1e
 class Router(nn.Module):
     "The base of routers: a linear map from tokens to one logit for each expert."
@@ -97,6 +104,7 @@ class Router(nn.Module):
         super().__init__()
         self.dim = whole(dim, "dim", 1)
         self.num_experts, self.top_k = _sizes(num_experts, top_k)
+        _check_made(dtype)
         self.gate = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
 
     def extra_repr(self): return f"num_experts={self.num_experts}, top_k={self.top_k}"
@@ -143,6 +151,7 @@ class TopK(Router):
         device=None, dtype=None,
     ):
         super().__init__(dim, num_experts, top_k, device, dtype)
+        _check_made(dtype, renormalize=renormalize)
         self.renormalize = renormalize
 
     def route(self, x, mask, ids):
@@ -227,6 +236,7 @@ class Balanced(_Counting):
         device=None, dtype=None,
     ):
         super().__init__(dim, num_experts, top_k, device, dtype)
+        _check_made(dtype, renormalize=renormalize)
         self.rate, self.renormalize = real(rate, "rate", low=0), renormalize
         self.groups = whole(groups, "groups", 1)
         need(num_experts % groups == 0, "groups", f"a divisor of num_experts = {num_experts}", groups)

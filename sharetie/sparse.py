@@ -241,11 +241,17 @@ def draw_overlap(
     ax.grid(False)
     return ax
 
-# %% ../nbs/22_sparse.ipynb #fdc3c1ad
+# %% ../nbs/22_sparse.ipynb #161fea4f
 _FROM_ZERO = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg",
               "grad_avg", "acc_delta", "sum", "prev"}  # numbers that optimizers start at zero
 
 
+def _entries(optimizer, p):
+    "What an optimizer holds for each entry of a Parameter, by key."
+    held = optimizer.state.get(p, {}).items()
+    return {key: t for key, t in held if isinstance(t, Tensor) and t.shape == p.shape}
+
+# %% ../nbs/22_sparse.ipynb #fdc3c1ad
 class InTurn:
     """A loss for tasks that take turns: a step moves only what the tasks of its batches use.
 
@@ -298,9 +304,3 @@ class InTurn:
                 elif key in _FROM_ZERO: t.masked_fill_(still, 0)
         self._kept.clear()
         self._stepped = True
-
-
-def _entries(optimizer, p):
-    "What an optimizer holds for each entry of a Parameter, by key."
-    held = optimizer.state.get(p, {}).items()
-    return {key: t for key, t in held if isinstance(t, Tensor) and t.shape == p.shape}

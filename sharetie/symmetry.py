@@ -95,6 +95,7 @@ class BlurPool2d(nn.Module):
 def _padded(x, size, mode):
     "Maps with `size - 1` more rows and columns, half of them on each side."
     tensor(x, "x", floating=True, ndim=4)
+    need(x.shape[1] > 0, "x", "maps of at least one channel", tuple(x.shape))
     before, after = (size - 1) // 2, size // 2
     least = max(1, {"reflect": after + 1, "circular": after}.get(mode, 1))
     expected = f"maps of at least {least}×{least} pixels for a window of {size} ({mode})"

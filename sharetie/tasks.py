@@ -297,6 +297,14 @@ def _present(task, output, y, class_axis=None):
         if not y.is_floating_point() or parts.any(): return output[there], y[there]
     return output[rows], y[rows]
 
+# %% ../nbs/20_tasks.ipynb #a2b10b19
+def _scalar(task, loss):
+    "What the loss function of a task gave, if it is a number."
+    fine = isinstance(loss, Tensor) and loss.numel() == 1
+    got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)
+    need(fine, f"losses[{task!r}]", "a function to a scalar tensor", got)
+    return loss.reshape(())
+
 # %% ../nbs/20_tasks.ipynb #1c1ff20a
 class TaskLosses:
     """The losses of several tasks, each over the examples that have its label.
@@ -331,20 +339,10 @@ class TaskLosses:
         for task in labels:
             one_of(task, "labels", self.losses)
             need(task in outputs, "outputs", f"one of {task!r}, which has labels,", [*outputs])
-        losses = {task: self._loss(task, outputs[task], y) for task, y in labels.items()}
-        losses = {task: loss for task, loss in losses.items() if loss is not None}
+        there = {task: _present(task, outputs[task], y, self.class_axis) for task, y in labels.items()}
+        losses = {task: _scalar(task, self.losses[task](*pair)) for task, pair in there.items() if len(pair[1])}
         need(losses, "labels", f"a label for at least one of {[*labels]}", "none")
         return losses
-
-    def _loss(self, task, output, y):
-        "The loss of one task, or None without labels."
-        output, y = _present(task, output, y, self.class_axis)
-        if len(y) == 0: return None
-        loss = self.losses[task](output, y)
-        fine = isinstance(loss, Tensor) and loss.numel() == 1
-        got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)
-        need(fine, f"losses[{task!r}]", "a function to a scalar tensor", got)
-        return loss.reshape(())
 
     def total(self, outputs, labels) -> Tensor:  # scalar
         "The weighted sum of the losses: what `fit` takes."

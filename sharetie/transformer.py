@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .attention import *
 from .depth import *
 from .embeddings import *
-from .errors import need, real, tensor, whole
+from .errors import look_up, need, real, tensor, whole
 from .heads import *
 from .layers import *
 from .scores import _mode
@@ -83,9 +83,6 @@ def help_text(
     return HelpText(encode(train), encode(valid), hashlib.sha256("".join(paragraphs).encode()).hexdigest())
 
 # %% ../nbs/12_transformer.ipynb #55cd3737
-def _outside(x, n): return f"x: numbers from 0 to {n - 1} are expected, got {x.min()} to {x.max()}"
-
-
 class CharacterModel(nn.Module):
     """A causal transformer over characters, its embedding tied to its head.
 
@@ -110,8 +107,7 @@ class CharacterModel(nn.Module):
     ) -> Tensor:  # (batch, positions, characters of the alphabet)
         "A score for every next character."
         tensor(x, "x", floating=False, ndim=2)
-        try: h = self.embedding(x)
-        except IndexError: raise ValueError(_outside(x, len(ALPHABET))) from None
+        h = look_up(self.embedding, x, "x", len(ALPHABET))
         h = h + positions(x.shape[1], self.embedding.embedding_dim, device=x.device).to(h.dtype)
         for block in self.blocks: h = block(h)
         return self.head(self.norm(h))
@@ -138,7 +134,10 @@ def windows(
     return found[:, :-1], found[:, 1:]
 
 # %% ../nbs/12_transformer.ipynb #2bc0a98d
-def _next_character(scores, y): return F.cross_entropy(scores.flatten(0, 1), y.flatten())
+def _next_character(scores, y):
+    "The mean cross-entropy of the characters that come next."
+    tensor(scores, "what model gives", floating=True, shape=(*y.shape, None))
+    return F.cross_entropy(scores.flatten(0, 1), y.flatten())
 
 
 def train_characters(
@@ -161,7 +160,7 @@ def train_characters(
     def factor(step): return min((step + 1) / 20, (1 + math.cos(math.pi * step / steps)) / 2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     after = [lambda step: schedule.step()] + ([] if after_step is None else [after_step])
-    data = windows(text, steps * batch, length, seed)
+    data = windows(text, steps * whole(batch, "batch", 1), length, seed)
     return fit(model, data, _next_character, optimizer=optimizer, epochs=1, batch_size=batch, clip=1.0,
                penalty=penalty, after_step=after, seed=seed, progress=False)
 

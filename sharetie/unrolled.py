@@ -76,7 +76,9 @@ def _lengths(lengths, b, n):
     need(tuple(lengths.shape) == (b,), "lengths",
          f"one for each of {b} sequences, of shape ({b},),", tuple(lengths.shape))
     lengths = lengths.detach().cpu().long()
-    if torch.compiler.is_compiling(): return lengths  # its values are not known yet
+    if torch.compiler.is_compiling():  # their values are not known yet: the graph looks at them as it runs
+        assert ((lengths > 0) & (lengths <= n)).all(), "lengths: whole numbers from 1 to the steps of x are expected"
+        return lengths
     for bad in lengths[(lengths < 1) | (lengths > n)].tolist():
         need(False, "lengths", f"whole numbers from 1 to {n}, the steps of x,", bad)
     return lengths
@@ -249,7 +251,8 @@ class Unrolled(_Steps):
 
     Called with x (b, n, d), a first state and lengths, it returns outputs (b, n, h), zero after the
     end of each sequence, and the state of each at its end. Raises TypeError or ValueError for what is
-    no cell, and for lengths and blocks that do not fit. Source: Goodfellow et al. 2016, section 10.1."""
+    no cell, and for lengths and blocks that do not fit; compiled, RuntimeError for numbers of steps that
+    do not. Source: Goodfellow et al. 2016, section 10.1."""
     def __init__(self,
         cell: nn.Module,  # called with (x, state); gives a tensor, or (output, state), or is of PyTorch's
         steps: int,  # T; more may follow where all share

@@ -239,9 +239,38 @@ def test_a_refused_call_leaves_the_cache_as_it_was():
     layer, cache, x = Attention(8, 2, causal=True), Cache(), torch.randn(1, 5, 8)
     layer(x, cache=cache)
     with pytest.raises(ValueError, match="mask"): layer(x[:, :1], mask=torch.ones(9, 9, dtype=torch.bool), cache=cache)
-    with pytest.raises(ValueError, match="x: the sequences of the cache, 1 is expected, got"): layer(torch.randn(2, 1, 8), cache=cache)
+    with pytest.raises(ValueError, match=r"k: batch, heads and width of the cache, \(1, 2, 4\), is expected, got \(2, 2, 4\)"): layer(torch.randn(2, 1, 8), cache=cache)
     with pytest.raises(TypeError, match="cache: a Cache or None"): layer(x, cache=3)
+    with pytest.raises(ValueError, match=r"k: .*\(1, 2, 4\), is expected, got \(1, 4, 2\)"): Attention(8, 4, causal=True)(x, cache=cache)
+    with pytest.raises(ValueError, match="k: torch.float32 on cpu, as the cache is, is expected, got 'torch.float64 on cpu'"): copy.deepcopy(layer).double()(x.double(), cache=cache)
+    for k, v, error in ((None, None, TypeError), (torch.zeros(1, 2, 1, 4), torch.zeros(1, 1, 1, 4), ValueError)):
+        with pytest.raises(error): cache.extend(k, v)
     assert len(cache) == 5
+
+
+@pytest.mark.parametrize("make", [lambda **options: Attention(8, 2, **options), lambda **options: Block(8, 2, **options)])
+def test_layers_say_what_they_read(make):
+    layer, x = make(), torch.randn(2, 5, 8)
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(TypeError, match=f"^x: torch.float32, as the weights are, is expected, got {dtype}"): layer(x.to(dtype))
+    with pytest.raises(ValueError, match=r"^x: \(batch, positions, 8\) is expected, got \(2, 5, 9\)"): layer(torch.zeros(2, 5, 9))
+    for bad in (x.long(), None, [1]):
+        with pytest.raises(TypeError, match="^x: a floating point tensor"): layer(bad)
+    for dtype in (torch.int32, torch.complex64, "float32"):
+        with pytest.raises(TypeError, match="^dtype: a floating point type"): make(dtype=dtype)
+    for flag in ("causal", "bias"):
+        with pytest.raises(TypeError, match=f"^{flag}: True or False is expected, got 1"): make(**{flag: 1})
+
+
+def test_masks_of_another_type_or_place():
+    q, mask = torch.randn(1, 2, 5, 4), torch.randn(5, 5, dtype=torch.float64)
+    torch.testing.assert_close(attention(q, q, q, mask=mask), attention(q, q, q, mask=mask.float()))
+    far = torch.ones(5, 5, dtype=torch.bool, device="meta")
+    for call in (lambda: attention(q, q, q, mask=far), lambda: Attention(8, 2)(torch.randn(1, 5, 8), mask=far)):
+        with pytest.raises(ValueError, match="^mask: a tensor on cpu"): call()
+    with pytest.raises(TypeError, match="^causal: True or False"): attention(q, q, q, causal="yes")
+    for dtype in (torch.int32, "float32"):
+        with pytest.raises(TypeError, match="^dtype"): positions(3, 4, dtype=dtype)
 
 
 def test_a_frozen_layer_stays_frozen():

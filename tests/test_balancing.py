@@ -12,9 +12,10 @@ from schemes import mlp
 from sharetie.adaptive import AdaptiveHard
 from sharetie.aggregation import aligned, cagrad, imtl, mgda, nash, pcgrad, upgrad
 from sharetie.balancing import (DynamicAverage, Equal, FAMO, FromGram, GradNorm, GradVac, Prioritization, RULES,
-                                RandomWeights, Uncertainty, WITH_TASKS, WITHOUT_TASKS, balancer)
+                                RandomWeights, Uncertainty, WITH_TASKS, WITHOUT_TASKS, balancer, two_losses)
 from sharetie.multitask import Single
 from sharetie.results import set_seed
+from sharetie.ties import load_model, save_model
 
 TASKS = ["a", "b", "c"]
 
@@ -179,6 +180,31 @@ def test_what_is_remembered_is_in_the_state(name):
         m.backward(losses, net.trunk)
         grads.append(flat(p.grad for p in net.trunk.parameters()))
     torch.testing.assert_close(*grads)
+
+
+def step_of(method, name, net, x):
+    "The shared gradient of one step, with all that a method wants to be told."
+    net.zero_grad()
+    method.backward(losses_of(net, x)[1], net.trunk)
+    if name == "famo": method.update({t: loss.detach() * (i + 1) / 3 for i, (t, loss) in enumerate(losses_of(net, x)[1].items())})
+    if name == "dynamic_average": method.period()
+    if name == "prioritization": method.observe({"a": .5, "b": .7, "c": .9})
+    return flat(p.grad for p in net.trunk.parameters())
+
+
+@pytest.mark.parametrize("way", ["file", "assignment", "copy", "meta"])
+@pytest.mark.parametrize("name", WITH_TASKS)
+def test_a_method_goes_on_where_it_was(tmp_path, name, way):
+    net, x = setting()
+    method, fresh = every(name), every(name)
+    for _ in range(3): step_of(method, name, net, x)
+    if way == "file":
+        save_model(nn.ModuleDict({"net": net, "method": method}), tmp_path / "both.safetensors")
+        load_model(nn.ModuleDict({"net": Net().double(), "method": fresh}), tmp_path / "both.safetensors")
+    elif way == "assignment": fresh.load_state_dict(copy.deepcopy(method.state_dict()), assign=True)
+    elif way == "copy": fresh = copy.deepcopy(method)
+    else: fresh.to_empty(device="cpu").load_state_dict(method.state_dict())
+    for _ in range(3): torch.testing.assert_close(step_of(method, name, net, x), step_of(fresh, name, net, x), rtol=0, atol=0)
 
 
 def test_gradnorm_moves_towards_equal_lengths():
@@ -503,6 +529,29 @@ def test_options_reach_the_rule():
 def test_the_answer_of_a_rule_is_checked(rule, error):
     net, x = setting()
     refused(FromGram(rule), losses_of(net, x)[1], net.trunk, "what the rule gives", error, net)
+
+
+@pytest.mark.parametrize("group", ["world", 3, object(), dist.GroupMember.NON_GROUP_MEMBER])
+def test_what_is_no_group_is_refused_before_it_is_asked(group):
+    for make in (lambda: FromGram(mgda, group=group), lambda: GradNorm(TASKS, group=group), lambda: balancer("graddrop", group=group)):
+        with pytest.raises(TypeError, match="group: a process group or None is expected"): make()
+
+
+def test_names_that_are_none(name):
+    with pytest.raises(TypeError, match="tasks: the names of the tasks is expected"): balancer(name, [1, 2])
+    for regression in ("ab", 3):
+        with pytest.raises(TypeError, match="regression: a list of names is expected"): Uncertainty(["a", "ab"], regression)
+
+
+def test_points_of_the_plane_have_two_numbers():
+    for x in (torch.zeros(3), torch.zeros(()), torch.zeros(2, 1)):
+        with pytest.raises(ValueError, match="x: points of two numbers is expected"): two_losses(x)
+
+
+def test_a_representation_is_a_tensor(name):
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    refused(every(name), losses, net.trunk, "representation: a floating point tensor", TypeError, net, representation=(z,))
 
 
 def test_sparse_gradients_are_named():

@@ -177,6 +177,7 @@ def test_dense_sizes_leave_the_model_as_it_was():
     (lambda: dense_sizes(nn.Linear(4, 2), torch.zeros(1, 4), layers=()), ValueError, "layers: at least one class"),
     (lambda: dense_sizes(nn.LazyLinear(2), torch.zeros(1, 4)), ValueError, "model: a model that has its weights"),
     (lambda: GlobalMax()(torch.zeros(2, 3)), ValueError, "x: a tensor of at least 3 axes"),
+    (lambda: GlobalMax()(torch.zeros(2, 3, 0, 4)), ValueError, r"with positions, is expected, got \(2, 3, 0, 4\)"),
 ])
 def test_dense_sizes_and_maxima_refuse(call, error, message):
     with pytest.raises(error, match=message): call()

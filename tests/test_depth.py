@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sharetie.attention import Block
-from sharetie.depth import UniversalTransformer, low_rank, relax_layers_
+from sharetie.depth import LowRank, UniversalTransformer, low_rank, relax_layers_
 from sharetie.layers import share_layers_, unshare_layers_
 from sharetie.ties import declared_ties, find_ties
 from test_layers import Model, lives_through, other_block, state, words
@@ -233,8 +233,24 @@ def test_recursion_bad():
     with pytest.raises(TypeError, match="x"): model(torch.ones(2, 3, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"block: .*\(2, 3, 4\) is expected, got \(2, 3, 5\)"):
         UniversalTransformer(nn.Linear(4, 5), 4, 3)(torch.randn(2, 3, 4))
-    with pytest.raises(TypeError, match="block: a module that returns a tensor is expected, got tuple"):
+    with pytest.raises(TypeError, match="block: one that returns a tensor is expected, got tuple"):
         UniversalTransformer(nn.GRU(4, 4, batch_first=True), 4, 3)(torch.randn(2, 3, 4))
+    with pytest.raises(TypeError, match="x: torch.float32, as the weights are, is expected, got torch.float64"): model(torch.randn(2, 3, 4).double())
+    with pytest.raises(TypeError, match="x: torch.float32, as the weights are, is expected, got torch.float64"):
+        UniversalTransformer(nn.Identity(), 4, 3)(torch.randn(2, 3, 4).double())
+
+
+@pytest.mark.parametrize("made, error, words", [(torch.zeros(3, 3), ValueError, r"signal: one that stretches to the shape \(2, 3, 4\) is expected, got \(3, 3\)"),
+                                                (torch.zeros(5, 2, 3, 4), ValueError, "signal"), (None, TypeError, "signal: one that returns a tensor")])
+def test_signals_that_do_not_fit(made, error, words):
+    model = UniversalTransformer(Block(4, 2, 8), 4, 3, signal=lambda x, step: made)
+    with pytest.raises(error, match=words): model(torch.randn(2, 3, 4))
+
+
+def test_factors_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"down: a tensor of shape \(2, any\) is expected, got \(3, 4\)"): LowRank(torch.zeros(3, 2), torch.zeros(3, 4))
+    with pytest.raises(TypeError, match="up: a floating point tensor"): LowRank("a", torch.zeros(3, 4))
+    with pytest.raises(TypeError, match="trained: True or False"): LowRank(torch.zeros(3, 2), torch.zeros(2, 4), 1)
 
 
 # What is refused, with the model as it was

@@ -152,6 +152,27 @@ def test_scaled_embedding():
     torch.testing.assert_close(same(torch.tensor([0])), torch.full((1, 4), 2.))
 
 
+@pytest.mark.parametrize("make", [ScaledEmbedding, lambda words, dim, **options: FactorizedEmbedding(words, 2, dim, **options)])
+def test_words_and_sizes_that_tables_refuse(make):
+    table = make(9, 4)
+    for words, got in (([0, 9], "0 to 9"), ([-1, 2], "-1 to 2")):
+        with pytest.raises(ValueError, match=f"^words: numbers from 0 to 8 are expected, got {got}$"): table(torch.tensor(words))
+    for words in (torch.zeros(3), torch.zeros(3, dtype=torch.int8), torch.tensor([True]), [1]):
+        with pytest.raises(TypeError, match="^words: a tensor of"): table(words)
+    for sizes in ((0, 4), (-1, 4), (9, 0)):
+        with pytest.raises(ValueError, match="a whole number"): make(*sizes)
+    with pytest.raises(TypeError, match="a whole number"): make("9", 4)
+    with pytest.raises(ValueError, match="padding_idx: a whole number from -9 to 8 is expected, got 9"): make(9, 4, padding_idx=9)
+    with pytest.raises(TypeError, match="dtype: a floating point type"): make(9, 4, dtype=torch.int32)
+    compiled = torch.compile(table, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.tensor([1, 8])), table(torch.tensor([1, 8])))
+
+
+def test_heads_of_another_type():
+    with pytest.raises(TypeError, match="dtype: a floating point type"): FactorizedHead(9, 2, 4, dtype=torch.int32)
+    with pytest.raises(TypeError, match="^h: torch.float32, as the weights are, is expected, got torch.float64"): FactorizedHead(9, 2, 4)(torch.zeros(2, 4).double())
+
+
 def test_factorized_layers():
     torch.manual_seed(0)
     layer, head = FactorizedEmbedding(3000, 32, 64, padding_idx=3), FactorizedHead(3000, 32, 64)

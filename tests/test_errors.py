@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharetie.errors import function, match_names, need, nonnegative, one_of, real, shown, tensor, warn, whole
+from sharetie.errors import function, look_up, match_names, need, nonnegative, one_of, real, shown, tensor, through, warn, whole
 
 NOT_NUMBERS = [None, "1", "", True, False, np.True_, [1], (1,), {}, 1j, Decimal(1), torch.tensor([1, 2]), float]
 NAMES = ["fc.weight", "fc.bias", "head.weight"]
@@ -173,6 +173,43 @@ def test_empty_tensors():
     assert tensor(torch.zeros(0, 3), "x", finite=True).shape == (0, 3)
     with pytest.raises(ValueError, match=r"^x: a tensor with at least one element is expected, got \(0, 3\)"):
         tensor(torch.zeros(0, 3), "x", filled=True)
+
+
+# ---- told afterwards
+
+TABLE = nn.Embedding(5, 2)
+
+
+@pytest.mark.parametrize("numbers, error, message", [
+    (torch.tensor([[0, 5]]), ValueError, "^words: numbers from 0 to 4 are expected, got 0 to 5$"), (torch.tensor([-1, 2]), ValueError, "got -1 to 2"),
+    (torch.tensor([5], dtype=torch.int32), ValueError, "got 5 to 5"), (torch.zeros(2), TypeError, "^words: a tensor of whole numbers"),
+    ([1], TypeError, "^words: a tensor of whole numbers"), (None, TypeError, "^words"), (torch.tensor([True]), TypeError, "^words"),
+    *((torch.zeros(3, dtype=dtype), TypeError, "^words: a tensor of int32 or int64 is expected, got") for dtype in (torch.int8, torch.uint8, torch.int16)),
+])
+def test_numbers_without_a_row(numbers, error, message):
+    with pytest.raises(error, match=message): look_up(TABLE, numbers, "words", 5)
+
+
+def test_rows_are_those_of_the_table():
+    for dtype in (torch.int32, torch.int64):
+        words = torch.tensor([[0, 4]], dtype=dtype)
+        assert torch.equal(look_up(TABLE, words, "words", 5), TABLE(words))
+    assert look_up(TABLE, torch.zeros(0, dtype=int), "words", 5).shape == (0, 2)
+    for wrong in (IndexError("of another kind"), ValueError("of another kind")):
+        def fails(numbers): raise wrong
+        with pytest.raises(type(wrong), match="^of another kind$"): look_up(fails, torch.tensor([1]), "words", 5)
+    def outer(numbers): return look_up(TABLE, numbers, "inner", 5)
+    with pytest.raises(ValueError, match="^outer: numbers from 0 to 4"): look_up(outer, torch.tensor([5]), "outer", 5)
+    assert torch.equal(torch.compile(look_up, backend="eager", fullgraph=True)(TABLE, torch.tensor([1]), "words", 5), TABLE.weight[1:2])
+
+
+def test_a_layer_that_fails_says_why():
+    layer = nn.Linear(2, 3)
+    assert through(layer, torch.ones(1, 2), "x").shape == (1, 3)
+    with pytest.raises(TypeError, match="^x: torch.float32, as the weights are, is expected, got torch.float64$"): through(layer, torch.ones(1, 2).double(), "x")
+    with pytest.raises(ValueError, match="^x: cpu, as the weights are, is expected, got .*meta"): through(layer, torch.ones(1, 2, device="meta"), "x")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"): through(layer, torch.ones(1, 3), "x")
+    with torch.autocast("cpu", torch.bfloat16): assert through(layer, torch.ones(1, 2).bfloat16(), "x").dtype == torch.bfloat16
 
 
 # ---- functions

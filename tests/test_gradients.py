@@ -168,7 +168,10 @@ def test_jacobians_of_own_cells():
     assert factors[0, 0].tolist() == [[0.5, 1.0], [0.0, 1.0]]
     class Named(nn.Module):
         def forward(self, x, state): return x, {"h": x}
-    with pytest.raises(TypeError, match="state: a tensor"): state_jacobians(Unrolled(Named(), 3), torch.ones(1, 3, 1))
+    class Deep(nn.Module):
+        def forward(self, x, state): return x, x[..., None]
+    for cell in (Named(), Deep()):
+        with pytest.raises(TypeError, match=r"state: a tensor \(b, h\)"): state_jacobians(Unrolled(cell, 3), torch.ones(1, 3, 1))
 
 
 def test_bad_chains():

@@ -382,7 +382,7 @@ def test_bad_images(x, error, message):
     (lambda: as_matrix(nn.Linear(3, 2), 4), ValueError, "input_size: 3, as the layer has inputs, is expected, got 4"),
     (lambda: as_matrix(nn.Conv1d(1, 1, 3), 4.5), TypeError, "input_size"), (lambda: as_matrix(nn.Conv1d(1, 1, 3), "4"), TypeError, "input_size"),
     (lambda: as_matrix(nn.ConvTranspose1d(1, 1, 1, padding=3), 2), ValueError, "input_size: a size with outputs"),
-    (lambda: Everywhere(0), ValueError, "positions"), (lambda: Everywhere(2.5), TypeError, "positions"),
+    (lambda: Everywhere(0), ValueError, "positions"), (lambda: Everywhere(), ValueError, "positions: the length of at least one axis"), (lambda: Everywhere(2.5), TypeError, "positions"),
     (lambda: early_network(4), TypeError, "name"),
 ])
 def test_bad_calls(call, error, message):

@@ -546,6 +546,14 @@ class Bare(Router):
     def route(self, x, mask, ids): return None
 
 
+@pytest.mark.parametrize("make", [MoE, SoftMoE, Experts, lambda dim, hidden, n, **options: FeedForward(dim, hidden, **options)])
+def test_types_of_weights_and_switches(make):
+    for dtype in (torch.int64, torch.complex64, torch.bool, "float32"):
+        with pytest.raises(TypeError, match="dtype: a floating point type or None is expected"): make(8, 16, 4, dtype=dtype)
+    for bias in ("no", 1, None):
+        with pytest.raises(TypeError, match=f"bias: True or False is expected, got {bias!r}"): make(8, 16, 4, bias=bias)
+
+
 def test_routers_by_name_and_those_that_are_none():
     torch.manual_seed(0)
     x, ids = tokens(), torch.arange(50) % 9

@@ -390,6 +390,7 @@ def test_a_group_or_a_state_that_does_not_fit(tmp_path):
 
 
 def test_bad_input_without_a_group():
+    with pytest.raises(TypeError, match="model: a module is expected, got 3"): data_parallel(3)
     with pytest.raises(ValueError, match="group: one that was begun by torch.distributed.init_process_group is expected, got None"): parallel_experts_(make())
 
 

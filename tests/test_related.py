@@ -93,6 +93,9 @@ def test_buffers_may_be_there_if_they_are_equal():
     with pytest.raises(ValueError, match="models: modules with equal buffers"): fit_together_([Scaled(2.), Scaled(3.)], draw, squared, 3)
 
 
+ONE = nn.Linear(4, 2)
+
+
 @pytest.mark.parametrize("change, error, match", [
     ({"models": []}, TypeError, "models: a list of modules"),
     ({"models": nn.Linear(4, 2)}, TypeError, "models: a list of modules"),
@@ -102,6 +105,13 @@ def test_buffers_may_be_there_if_they_are_equal():
     ({"loss": lambda y: 0}, TypeError, "loss: a function of"),
     ({"steps": 0}, ValueError, "steps: a whole number"),
     ({"rate": 0}, ValueError, "rate: a finite number"),
+    ({"models": [ONE, ONE]}, ValueError, "models: different modules is expected, got 'one of them twice, of 2'"),
+    ({"draw": lambda: None}, TypeError, "draw: a function to inputs and labels is expected, got None"),
+    ({"draw": lambda: (torch.ones(3, 5, 4), torch.ones(2, 5, 2))}, ValueError,
+     r"draw: a function to inputs and labels for each of 2 models is expected, got \[\(3, 5, 4\), \(2, 5, 2\)\]"),
+    ({"draw": lambda: (torch.ones(()), torch.ones(2))}, ValueError, "draw: a function to inputs and labels for each of 2 models"),
+    ({"draw": batches(2), "loss": lambda output, y: output - y, "models": [ONE.double(), copy.deepcopy(ONE).double()]}, ValueError,
+     r"loss: a function to a scalar is expected, got \(8, 2\)"),
 ])
 def test_bad_input(change, error, match):
     given = {"models": [nn.Linear(4, 2) for _ in range(2)], "draw": lambda: None, "loss": nn.functional.mse_loss, "steps": 1, "rate": .1}

@@ -236,6 +236,7 @@ def test_bad_lengths_of_both():
     fixed = Bidirectional(*(Unrolled(nn.GRUCell(3, 4).double(), 4, "none") for _ in range(2)))
     with pytest.raises(ValueError, match="at most 4 steps .*got 5"): fixed(x)
     assert fixed(x, [4, 2]).shape == (2, 5, 8), "no sentence is longer than the steps"
+    with pytest.raises(ValueError, match=r"x: .*at least one sequence of one step, is expected, got \(0, 5, 3\)"): ours(x[:0], [])
 
 
 # The tagger
@@ -279,13 +280,6 @@ def test_bad_taggers(options, error, message):
     with pytest.raises(error, match=message): Tagger(**{"sizes": [9], "tags": 3} | options)
 
 
-def test_bad_sentences():
-    tagger = Tagger([9], 3)
-    with pytest.raises(TypeError, match="x: a tensor of whole numbers"): tagger(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"x: a tensor of shape \(any, any, 1\)"): tagger(torch.ones(2, 3, 2, dtype=int))
-    with pytest.raises(ValueError, match="lengths: whole numbers from 1 to 3"): tagger(torch.zeros(2, 3, dtype=int))
-
-
 @pytest.mark.conll
 def test_scorer_on_the_published_corpus():
     from sharetie.data import conll2000
@@ -315,4 +309,19 @@ def test_bad_sentences(reads):
     with pytest.raises(ValueError, match=r"^x\[1, 1\]: a word .* is expected, got 0"): tagger(torch.tensor([[1, 2, 3], [1, 0, 2]]))
     with pytest.raises(ValueError, match=r"^x\[0, 0\]: a word"): tagger(torch.tensor([[0, 2, 3]]))
     with pytest.raises(ValueError, match=r"^x\[1\]: a sentence of one word or more is expected"): tagger(torch.tensor([[1, 2], [0, 0]]))
+    with pytest.raises(TypeError, match="^x: a tensor of whole numbers is expected"): tagger(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"^x: a tensor of shape \(any, any, 1\)"): tagger(torch.ones(2, 3, 2, dtype=int))
+    with pytest.raises(ValueError, match="^x: .*at least one sequence of one step"): tagger(torch.ones(0, 3, dtype=int))
     assert tagger(torch.tensor([[1, 2, 3], [1, 0, 0]])).shape == (2, 3, 3)
+    assert tagger.to("meta")(torch.ones(2, 3, dtype=int, device="meta")).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("reads", ["ahead", "both", "one cell"])
+def test_words_that_a_tagger_lacks(reads):
+    one, two = Tagger([5], 3, 4, 4, reads), Tagger([5, 4], 3, 4, 4, reads)
+    with pytest.raises(ValueError, match="^x: numbers from 0 to 4 are expected, got 1 to 5$"): one(torch.tensor([[1, 5]]))
+    with pytest.raises(ValueError, match="^x: numbers from 0 to 4 are expected, got -1 to 2$"): one(torch.tensor([[-1, 2]]))
+    with pytest.raises(ValueError, match=r"^x\[..., 1\]: numbers from 0 to 3 are expected, got 0 to 4$"): two(torch.tensor([[[1, 0], [2, 4]]]))
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        with pytest.raises(TypeError, match="^x: a tensor of int32 or int64"): one(torch.ones(1, 2, dtype=dtype))
+    assert torch.equal(one(torch.tensor([[1, 2]], dtype=torch.int32)), one(torch.tensor([[1, 2]])))

@@ -560,6 +560,9 @@ def test_bad_input(x, error, words):
     (lambda: rotate(torch.zeros(2, 1, 4, 5), torch.zeros(2)), ValueError, "got (4, 5)"),
     (lambda: rotate(torch.zeros(2, 1, 4, 4), torch.tensor([0., float("nan")])), ValueError, "NaN"),
     (lambda: rotate(torch.zeros(2, 1, 4, 4), 30.), TypeError, "degrees"),
+    (lambda: rotate(torch.zeros(0, 1, 4, 4), torch.zeros(0)), ValueError, "images: a tensor with at least one element is expected, got (0, 1, 4, 4)"),
+    (lambda: rotate(torch.zeros(2, 1, 4, 4), torch.zeros(2, device="meta")), ValueError, "degrees: a tensor on cpu, as the images,"),
+    *((lambda net=net, p=p: net(2, p), error, "dropout: a ") for net in (Z2CNN, P4CNN) for p, error in ((2., ValueError), (-.1, ValueError), ("a", TypeError))),
     (lambda: Z2CNN(channels=0), ValueError, "channels"),
     (lambda: P4CNN(group="p2"), ValueError, "group"),
 ])

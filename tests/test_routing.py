@@ -135,6 +135,13 @@ def test_bad_input_says_both_values():
         with pytest.raises(TypeError, match="routing: a Routing, such as the attribute of a MoE after a batch, is expected, got None"): f(None)
 
 
+def test_types_of_weights_and_switches():
+    for router in (TopK, NoisyTopK, Balanced, ExpertChoice):
+        with pytest.raises(TypeError, match="dtype: a floating point type or None is expected, got torch.int64"): router(8, 4, 2, dtype=torch.int64)
+    for router in (TopK, Balanced):
+        with pytest.raises(TypeError, match="renormalize: True or False is expected, got 'no'"): router(8, 4, 2, renormalize="no")
+
+
 def test_ids_outside_of_the_vocabulary_say_its_range():
     router, ids = Hash(DIM, 5, vocabulary=10), torch.arange(40) % 10
     for bad in (-1, 10, -100, 2 ** 40):

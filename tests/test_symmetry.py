@@ -173,6 +173,7 @@ def test_pools_elsewhere(module):
     (lambda: BlurPool2d()(torch.zeros(3, 8, 8)), ValueError, "x: a tensor of 4 axes is expected, got (3, 8, 8)"),
     (lambda: BlurPool2d()(torch.zeros(1, 1, 8, 8, dtype=torch.int64)), TypeError, "x: a floating point tensor"),
     (lambda: BlurPool2d()(None), TypeError, "x: a floating point tensor"),
+    (lambda: BlurPool2d()(torch.zeros(1, 0, 8, 8)), ValueError, "x: maps of at least one channel is expected, got (1, 0, 8, 8)"),
     (lambda: BlurPool2d(5)(torch.zeros(1, 1, 8, 2)), ValueError, "at least 3×3 pixels for a window of 5"),
     (lambda: BlurPool2d(7, 2, "circular")(torch.zeros(1, 1, 2, 8)), ValueError, "got (1, 1, 2, 8)"),
     (lambda: MaxBlurPool2d(4)(torch.zeros(1, 1, 2, 2)), ValueError, "at least 3×3 pixels for a window of 4 (reflect)"),

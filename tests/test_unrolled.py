@@ -522,6 +522,17 @@ def test_compiles_whole_with_lengths(kind, sharing, looped):
         torch.testing.assert_close(compiled(x, lengths=lengths), ours(x, lengths=lengths))
 
 
+@pytest.mark.parametrize("bad", [0, 4, -1])
+@pytest.mark.parametrize("sharing, looped", [("all", False), (2, True)])
+def test_a_compiled_network_refuses_lengths_that_do_not_fit(bad, sharing, looped):
+    torch.compiler.reset()
+    cell = nn.GRUCell(D, H)
+    compiled = torch.compile(Unrolled(Looped(cell) if looped else cell, 3, sharing), fullgraph=True, backend="aot_eager")
+    assert compiled(torch.randn(3, 3, D), lengths=torch.tensor([2, 3, 1]))[0].shape == (3, 3, H)
+    with pytest.raises(RuntimeError, match="lengths: whole numbers from 1 to the steps of x are expected"):
+        compiled(torch.randn(3, 3, D), lengths=torch.tensor([2, bad, 1]))
+
+
 def test_untied_cells_say_why_they_do_not_read_on():
     ours = Unrolled(nn.GRUCell(D, H), 6)
     untie_(ours, "cells.3")
