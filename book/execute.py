@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 from execnb.nbio import nb2str, write_nb
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
@@ -59,6 +60,7 @@ def main(names):
     os.environ["IN_TEST"] = "1"
     os.environ["SHARETIE_FLAGS"] = f"long {os.environ.get('SHARETIE_FLAGS', '')}"
     os.environ["PYTHONHASHSEED"] = "0"
+    pd.set_option("display.max_colwidth", None)  # the pages wrap what is long
     nbs = sorted(get_config().nbs_path.glob("*.ipynb"))
     unknown = set(names) - {p.stem for p in nbs}
     if unknown: sys.exit(f"no chapter {', '.join(sorted(unknown))}; there are {', '.join(p.stem for p in nbs)}")

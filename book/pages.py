@@ -58,7 +58,12 @@ def body(page, bibliography):
     out = pandoc(tree, "-f", "json", "-t", "html5", "--mathml", "--citeproc", f"--bibliography={bibliography}", "--toc",
                  "--toc-depth=3", f"--template={template}", "--syntax-highlighting=none", "--email-obfuscation=none", "--wrap=none")
     toc, _, main = out.partition(SPLIT)
-    return re.sub(r' id="toc-[^"]*"', "", toc.strip()), main.strip()  # the page shows it twice
+    return re.sub(r' id="toc-[^"]*"', "", toc.strip()), norms(main.strip())  # the page shows it twice
+
+
+def norms(text):
+    "HTML with the bars of `\\|` as those of `\\lVert`: browsers set the sign that pandoc takes, of parallel lines, far from its neighbours."
+    return re.sub(r'(<mo [^>]*form="\w+"[^>]*>)∥(?=</mo>)', r"\1‖", text)
 
 
 def open_entry(e):
@@ -93,7 +98,7 @@ def page_fields(book, page, pages):
 def inline(markdown):
     "One line of Markdown in HTML: emphasis, code and formulas."
     if not markdown: return ""
-    return re.sub(r"^<p>|</p>$", "", pandoc(markdown, "-f", "markdown", "-t", "html5", "--mathml").strip())
+    return norms(re.sub(r"^<p>|</p>$", "", pandoc(markdown, "-f", "markdown", "-t", "html5", "--mathml").strip()))
 
 
 def chapters(pages, here):

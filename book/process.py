@@ -127,7 +127,10 @@ def local(text, home, known):
         if re.search(r"\b[A-Z]", m[1]): wanted.insert(0, f"{anchor}-class")
         target = next((known[w] for w in wanted if w in known), None)
         return f"[{m[1]}]({target})" if target else m[1]
-    text = re.sub(r"\[(`[^`]*`)\]\(" + re.escape(home) + r"([^)\s]*)\)", mend, text)
+    made = r"\[(`[^`]*`)\]\(" + re.escape(home) + r"([^)\s]*)\)"
+    given = r"\[(?:[^][]|" + made + r")*\](?=\()"  # What an author has linked holds no link of ours
+    text = re.sub(given, lambda m: re.sub(made, r"\1", m[0]), text)
+    text = re.sub(made, mend, text)
     return re.sub(r"^(#+ .*)$", lambda m: re.sub(r"\[(`[^`]*`)\]\([^)]*\)", r"\1", m[1]), text, flags=re.M)
 
 

@@ -31,7 +31,7 @@ def one(table):
     names = merged(cells(head))
     leaf = [row for row in names if row and words(row[-1])][-1:]
     columns = [[row[-i] for row in rows if len(row) >= i] for i in range(1, max(map(len, rows), default=0) + 1)]
-    for i, column in enumerate(columns, 1): align(column, [row[-i] for row in leaf if len(row) >= i])
+    for i, column in enumerate(columns, 1): align(column, [row[-i] for row in leaf if len(row) >= i], first=i == len(columns))
     named = bool(rows) and all([c["tag"] for c in row[:2]] == ["th", "td"] for row in rows) and not all(words(row[0]).isdigit() for row in rows)
     if named: head = re.sub(r'class="dataframe"', 'class="dataframe named"', head)
     return written(head, names) + found + written(body, rows)
@@ -61,14 +61,17 @@ def merged(rows):
     "The header's rows, the names of the index in the row of the columns' names where that has room for them."
     if len(rows) < 2: return rows
     above, names = rows[-2], rows[-1]
+    if not any(map(words, names)): return [*rows[:-1], []]
     level = next((i for i, c in enumerate(names) if not words(c)), len(names))  # How many names the index has
     if not level or any(words(c) for c in names[level:] + above[:level]) or len(above) != len(names): return rows
     for name, place in zip(names, above[:level]): place["inner"] = name["inner"]
     return [*rows[:-2], above, []]
 
 
-def align(column, head):
+def align(column, head, first=False):
     "Words to the left, with their header; room to wrap where they are long."
+    if column[0]["tag"] == "th" and not first:
+        for c in head: c["attrs"] = ' class="level"'
     if column[0]["tag"] == "th" or all(number(c) for c in column): return
     kind = ' class="long"' if max(len(words(c)) for c in column) > LONG else ""
     for c in column:

@@ -25,6 +25,7 @@ import readme  # noqa: E402
 from blocks import PANDOC, markdown  # noqa: E402
 from lint import checked, lint_cells, lint_tree  # noqa: E402
 from outline import BookError, Chapter, digest, entries, outline  # noqa: E402
+from pages import inline  # noqa: E402
 from process import local, meant  # noqa: E402
 from refs import Page, number  # noqa: E402
 from tables import mended  # noqa: E402
@@ -379,6 +380,12 @@ def test_links_lead_to_what_a_chapter_means():
     assert links("[`Census.plot`](https://x.org/b.html#census.plot)", "a.html") == "[`Census.plot`](b.html#census-class)", "without an entry: its class"
     assert links("[`Box.open`](https://x.org/c.html#box.open)", "a.html") == "[`Box.open`](c.html#box.open)"
     assert links("[`gone`](https://x.org/c.html#gone)", "a.html") == "`gone`"
+    assert links("[[`load`](https://x.org/a.html#load) and more](a.ipynb)", "a.html") == "[`load` and more](a.ipynb)", "linked by the author"
+
+
+def test_bars_of_norms_stand_close():
+    formula = r"$\|a\|^2 \parallel \lVert b \rVert$"
+    assert inline(formula).count("‖") == 4 and inline(formula).count("∥") == 1 + formula.count("∥")
 
 
 # Tables of pandas
@@ -394,6 +401,8 @@ def test_table_names_its_index_in_the_header_and_shows_gaps_as_dashes():
     assert grid(made) == [[["who", "a", "b"]], [["p", "1.0", "–"], ["q", "–", "x"]]]
     assert mended(made) == made, "mending twice is mending once"
     assert not re.search("<style|<div|border=", made)
+    empty = mended(pd.DataFrame({"a": [1]}, pd.Index(["p"], name=""))._repr_html_())
+    assert grid(empty) == [[["", "a"]], [["p", "1"]]], "no row without a name"
 
 
 def test_table_with_levels_keeps_them():
@@ -402,6 +411,8 @@ def test_table_with_levels_keeps_them():
     head, body = grid(mended(pd.DataFrame([[1, 2, 3, 4]] * 2, index, columns)._repr_html_()))
     assert head == [["", "", "train", "test"], ["model", "seed", "mean", "std", "mean", "std"]]
     assert body == [["free", "1", "1", "2", "3", "4"], ["2", "1", "2", "3", "4"]]
+    claims = pd.DataFrame({"n": [1, 2]}, index)
+    assert '<th>model</th><th class="level">seed</th><th>n</th>' in mended(claims._repr_html_()), "names of levels stand left, as the levels do"
     named = pd.DataFrame({"a": [1]}, pd.Index(["p"], name="who")).rename_axis("what", axis=1)
     assert grid(mended(named._repr_html_()))[0] == [["what", "a"], ["who", ""]], "no name is lost"
 
