@@ -248,6 +248,8 @@ def write_archive(
     Raises FileExistsError unless `force`, OSError where the file cannot be written, TypeError or ValueError
     for what a file cannot hold."""
     path, metadata = _target(path, force), dict(metadata or {})
+    fine = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
+    need(fine, "tensors", "a dictionary of tensors by name", tensors, TypeError)
     need(NOTE not in metadata, "metadata", f"any key but {NOTE!r}", NOTE)
     stored, described = {}, {}
     for name, value in tensors.items():

@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from glob import escape
 from importlib import import_module
@@ -131,6 +131,8 @@ def compress(
     `read_recipe` refuses, names of no weights and missing data; as the stages do, with the file as before.
     Source: Han et al. 2016."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
+    fine = metrics is None or isinstance(metrics, Mapping) and all(map(callable, metrics.values()))
+    need(fine, "metrics", "a dictionary of functions by name", metrics, TypeError)
     stages, path, metrics = read_recipe(recipe), _target(path, force), dict(metrics or {})
     _check_data(stages, data, loss)
     test = getattr(data, "test", None) if test is None else test

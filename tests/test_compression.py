@@ -393,6 +393,11 @@ def test_arguments_and_targets(tmp_path):
     code = [{"stage": "code"}]
     with pytest.raises(TypeError, match="a module"): compress({"a": 1}, None, None, code, tmp_path / "a")
     with pytest.raises(ValueError, match="data for the metrics"): compress(mlp(), None, None, code, tmp_path / "a", metrics={"loss": F.cross_entropy})
+    for metrics in (["e"], {"e": 3}):
+        with pytest.raises(TypeError, match="metrics: a dictionary of functions"): compress(mlp(), None, None, code, tmp_path / "a", metrics=metrics)
+    (tmp_path / "r.json").write_bytes(b"[\xff]")
+    with pytest.raises(ValueError, match="r.json: a recipe in JSON is expected"): read_recipe(tmp_path / "r.json")
+    (tmp_path / "r.json").unlink()
     with pytest.raises(FileNotFoundError, match="no folder"): compress(mlp(), None, None, code, tmp_path / "none" / "a")
     (tmp_path / "a").write_text("mine")
     with pytest.raises(FileExistsError, match="force=True"): compress(mlp(), None, None, code, tmp_path / "a")
