@@ -73,7 +73,7 @@ _PART = "sharetie.compress"
 def _digest(data):
     "A check of the tensors in data, as far as they can be seen."
     data = getattr(getattr(data, "dataset", data), "tensors", getattr(data, "train", data))
-    return _checksum({}, {str(i): t for i, t in enumerate(_leaves(data)) if isinstance(t, Tensor)})
+    return _checksum({}, {str(i): t for i, t in enumerate(_leaves(data)) if isinstance(t, Tensor) and t.dtype in CODES})
 
 
 def _settings(run, rows, test, metrics):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sharetie.archive import Archive
 from sharetie.command import main
-from sharetie.compression import compress
+from sharetie.compression import _digest, compress
 from sharetie.finding import Transpose, find_ties
 from sharetie.making import tie_
 from sharetie.masks import magnitude, prune_
@@ -215,6 +216,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"parts", "whole"}
 
 
+@pytest.mark.filterwarnings("ignore:recipe.4.")  # of the model with one weight
 def test_what_an_interrupted_run_can_go_on_with(tmp_path):
     data, path = task(), tmp_path / "a"
     with pytest.raises(Stopped): compress(mlp(), data, stopping(9), FULL, path)
@@ -329,6 +331,13 @@ def test_the_table_has_the_sizes_of_files(tmp_path):
     compress(model, None, None, recipe[:1], tmp_path / "b")
     assert table["bytes"].tolist() == [os.path.getsize(tmp_path / name) for name in ("dense", "b", "a")]
     assert table["rate"].iloc[0] == 1 and table["loss"].iloc[0] == pytest.approx(F.cross_entropy(model(data[0]), data[1]).item())
+
+
+def test_data_are_told_apart_by_their_tensors():
+    x, y = task()
+    split, loader = (x, y), DataLoader(TensorDataset(x, y), 16)
+    assert _digest(split) == _digest(loader) == _digest(SimpleNamespace(train=split)) != _digest((x, y + 1))
+    assert _digest((x.to(torch.complex128), y)) == _digest((None, y))  # a file has no such type, nor a check
 
 
 def test_loaders_train_too(tmp_path):
