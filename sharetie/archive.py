@@ -226,6 +226,16 @@ def _described(value):
     return f"{CODES[dtype]} {'x'.join(map(str, shape))}"
 
 # %% ../nbs/42_archive.ipynb #584c6cc4
+def _target(path, force, argument="path"):
+    "The path of a file that may be written."
+    path = file_path(path, argument)
+    if path.is_dir(): raise IsADirectoryError(f"{path}: a file is expected, got a folder")
+    if not path.parent.is_dir(): raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if os.path.lexists(path) and not force:
+        raise FileExistsError(f"{path}: a new file is expected, this one exists; force=True replaces it")
+    return path
+
+
 def write_archive(
     path: str | Path,
     tensors: Mapping[str, Tensor | Scaled],  # by name
@@ -237,9 +247,9 @@ def write_archive(
 
     Raises FileExistsError unless `force`, OSError where the file cannot be written, TypeError or ValueError
     for what a file cannot hold."""
-    path, metadata = file_path(path), dict(metadata or {})
-    if os.path.lexists(path) and not force:
-        raise FileExistsError(f"{path}: a new file is expected, this one exists; force=True replaces it")
+    path, metadata = _target(path, force), dict(metadata or {})
+    fine = isinstance(tensors, Mapping) and all(isinstance(name, str) for name in tensors)
+    need(fine, "tensors", "a dictionary of tensors by name", tensors, TypeError)
     need(NOTE not in metadata, "metadata", f"any key but {NOTE!r}", NOTE)
     stored, described = {}, {}
     for name, value in tensors.items():
@@ -366,9 +376,7 @@ def decompress(
     """Write what a compressed file stands for as a plain safetensors file, with its ties.
 
     Raises as `Archive` does; FileExistsError unless `force`, BrokenTie for ties that contradict the tensors."""
-    source, target = file_path(source, "source"), file_path(target, "target")
-    if os.path.lexists(target) and not force:
-        raise FileExistsError(f"{target}: a new file is expected, this one exists; force=True replaces it")
+    source, target = file_path(source, "source"), _target(target, force, "target")
     archive = Archive(source)
     wrong = [Broken((at, name), f"in {source}, {why}", "compress it anew") for at, name, why in archive.broken]
     if wrong: raise BrokenTie(wrong)

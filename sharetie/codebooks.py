@@ -17,8 +17,8 @@ from .binding import _Whole
 from .clusters import kmeans_1d
 from .errors import match_names, need, one_of, tensor, warn, whole
 from .finding import _need_shapes, module_paths, places
-from .making import _changeable, _copyable
-from .masks import _inner, _redeclare
+from .making import _changeable, _copyable, declared_ties
+from .masks import Mask, Masked, _inner, _plain, _redeclare
 
 # %% ../nbs/42_codebooks.ipynb #5da1a869
 def compression_rate(
@@ -78,8 +78,9 @@ def _chosen(model, names):
     groups = {}
     for place in found.values():
         if id(place.tensor) in chosen: groups.setdefault(id(place.tensor), []).append(place)
+    mapped = {name for tie in declared_ties(model) if tie.map is not None for name in tie.names[1:]}
     for group in groups.values():
-        for place in group: _check_place(place)
+        for place in group: _check_place(place, mapped)
     spans = [p.tensor.untyped_storage().data_ptr() for p in found.values() if id(p.tensor) in chosen]
     others = [p.name for p in places(model).values()
               if id(p.tensor) not in chosen and p.tensor.untyped_storage().data_ptr() in spans]
@@ -87,10 +88,14 @@ def _chosen(model, names):
     return list(groups.values())
 
 
-def _check_place(place):
+def _check_place(place, mapped):
     "Raise for a parameter that a look-up cannot take the place of."
-    computed = isinstance(place.owner, parametrize.ParametrizationList)
-    need(not computed, "names", "weights that nothing is computed from", place.name)
+    if isinstance(place.owner, parametrize.ParametrizationList):
+        name, map = _plain(place.name), place.owner[0]
+        mend = f"untie_(model, {name!r})" if name in mapped else f"remove_parametrizations from {name!r}"
+        if isinstance(map, (Mask, Masked)): mend = "make_permanent_(model)"
+        raise ValueError(f"names: weights that nothing is computed from are expected, got one of which {type(map).__name__} "
+                         f"computes {name!r}; {mend} first, or name other weights")
     expected = "no weights of nn.RNNBase, which would not see computed ones,"
     need(not isinstance(place.owner, nn.RNNBase), "names", expected, place.name)
     need(not place.tensor.is_meta, place.name, "a weight with values", "one of the meta device")

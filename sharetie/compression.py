@@ -20,25 +20,26 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 
 import click
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .archive import *
-from .archive import _checksum
+from .archive import _checksum, _json, _target
 from .checkpoint import CODES, Checkpoint, file_path
 from .clusters import *
 from .codebooks import *
 from .coding import *
 from .command import _plainly, _size
-from .errors import need
+from .errors import need, warn
 from .factors import *
 from .hashing import *
 from .pieces import *
@@ -46,10 +47,10 @@ from .priors import *
 from .products import *
 from .quantization import *
 from .recipes import *
-from .recipes import _Run
+from .recipes import _at, _Run
 from .results import _tqdm
 from .saving import load_model, save_model
-from .scores import evaluate
+from .scores import _leaves, evaluate
 
 # %% ../nbs/42_compression.ipynb #1248e0c4
 _all_ = [
@@ -69,10 +70,25 @@ _all_ = [
 _PART = "sharetie.compress"
 
 
-def _settings(run, rows, metrics):
+def _digest(data):
+    "A check of the tensors in data, as far as they can be seen."
+    data = getattr(getattr(data, "dataset", data), "tensors", getattr(data, "train", data))
+    return _checksum({}, {str(i): t for i, t in enumerate(_leaves(data)) if isinstance(t, Tensor) and t.dtype in CODES})
+
+
+def _settings(run, rows, test, metrics):
     "What a file of an interrupted run has to agree with."
-    tensors, _ = run.contents()
-    return {"recipe": rows, "model": _checksum({}, tensors), "metrics": [*metrics]}
+    tensors, ties = run.contents()
+    frozen = [name for name, p in run.model.named_parameters() if not p.requires_grad]
+    model = {"ties": ties, "pruned": run.pruned, "frozen": frozen, "kinds": [type(m).__name__ for m in run.model.modules()]}
+    data = [_digest(run.data), _digest(test) if metrics else None]
+    return json.loads(_json({"recipe": rows, "model": _checksum(model, tensors), "data": data, "metrics": [*metrics]}))
+
+
+def _epochs_file(part, i, run, settings):
+    "The file for the epochs of a stage; its name holds a check of all that decides what the stage makes."
+    begun = settings | {"recipe": settings["recipe"][: i + 1]}
+    return part.with_name(f"{part.name}.{i}.{_checksum(begun, dict(run.model.state_dict()))}")
 
 
 def _save(run, part, settings, table):
@@ -90,7 +106,7 @@ def _resume(run, part, settings):
     except (KeyError, ValueError) as error: raise ValueError(f"{part}: no file of an interrupted run; move it away") from error
     now = settings | {"recipe": settings["recipe"][: len(note["table"]) - 1]}
     for key in now:
-        if note[key] != now[key]: raise ValueError(f"{part}: is of another run, its {key} differs; remove it, or name another target")
+        if note.get(key) != now[key]: raise ValueError(f"{part}: is of another run, its {key} differs; remove it, or name another target")
     load_model(run.model, archive)
     run.pruned, run.clustered, run.coded = note["pruned"], note["clustered"], note["coded"]
     run.forms = {name: archive.form(name) for name in note["forms"]}
@@ -111,28 +127,30 @@ def compress(
 ) -> pd.DataFrame:  # a row per stage: bytes of the file after it, rate, metrics
     """Compress a model by a recipe, to one file; an interrupted run goes on where it was, to the same bytes.
 
-    Raises FileExistsError unless `force`; ValueError or TypeError, before anything runs, for what `read_recipe` refuses
-    and for missing data; as the stages do, with the file as before. Source: Han et al. 2016."""
+    Raises FileExistsError unless `force`, OSError for a folder; ValueError or TypeError, before anything runs, for what
+    `read_recipe` refuses, names of no weights and missing data; as the stages do, with the file as before.
+    Source: Han et al. 2016."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
-    stages, path, metrics = read_recipe(recipe), file_path(path), dict(metrics or {})
-    if os.path.lexists(path) and not force:
-        raise FileExistsError(f"{path}: a new file is expected, this one exists; force=True replaces it")
+    fine = metrics is None or isinstance(metrics, Mapping) and all(map(callable, metrics.values()))
+    need(fine, "metrics", "a dictionary of functions by name", metrics, TypeError)
+    stages, path, metrics = read_recipe(recipe), _target(path, force), dict(metrics or {})
     _check_data(stages, data, loss)
     test = getattr(data, "test", None) if test is None else test
     need(test is not None or not metrics, "test", "data for the metrics", test)
     run, part = _Run(model, data, loss, progress), path.with_name(f"{path.name}.part")
     names = [{"stage": next(n for n, kind in STAGES.items() if type(s) is kind)} | asdict(s) for s in stages]
-    settings = _settings(run, names, metrics)
+    _check_weights(stages, run)
+    settings = _settings(run, names, test, metrics)
     table = _resume(run, part, settings) if part.exists() else [_measured(run, "dense", test, metrics)]
     done = len(table) - 1
     for i in _tqdm(progress, range(done, len(stages)), initial=done, total=len(stages), unit="stage"):
-        run.checkpoint = path.with_name(f"{part.name}.{i}")
-        stages[i](run)
+        run.checkpoint = _epochs_file(part, i, run, settings)
+        with _at(f"recipe[{i}]"): stages[i](run)
         table.append(_measured(run, names[i]["stage"], test, metrics))
         _save(run, part, settings, table)
         run.checkpoint.unlink(missing_ok=True)
     write_archive(path, *run.contents(), run.coded, force)
-    part.unlink()
+    for file in [part, *path.parent.glob(f"{escape(part.name)}.[0-9]*.{'[0-9a-f]' * 8}")]: file.unlink()
     return _as_table(table)
 
 # %% ../nbs/42_compression.ipynb #807b0737
@@ -141,6 +159,16 @@ def _check_data(stages, data, loss):
     trains = next((s for s in stages if getattr(s, "epochs", 0)), None)
     if trains is not None and (data is None or loss is None):
         raise ValueError(f"data: data and a loss (at the command line: --task) are expected for {type(trains).__name__}, which trains")
+
+
+def _check_weights(stages, run):
+    "Raise for stages that name no weights, or such as a stage before has treated."
+    taken = run.taken
+    for i, stage in enumerate(stages):
+        if not hasattr(stage, "weights"): continue
+        with _at(f"recipe[{i}]"): found = stage.weights(run.model, taken)
+        if not found: warn(f"recipe[{i}]: every weight has a codebook or scales; 'quantize' finds nothing to do")
+        if not isinstance(stage, Prune): taken += found
 
 
 def _measured(run, stage, test, metrics):

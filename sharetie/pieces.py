@@ -115,6 +115,7 @@ def piece_rate(
     """By how much a matrix shrinks that becomes codes and codebooks of pieces.
 
     Raises TypeError or ValueError for numbers out of range. Source: Gong et al. 2014, section 3.2."""
+    need(isinstance(shape, (tuple, list)) and len(shape) == 2, "shape", "rows and columns", shape, TypeError)
     n, columns = (whole(s, "shape", 1) for s in shape)
     whole(k, "k", 1), whole(width, "width", 1), whole(bits, "bits", 1), one_of(books, "books", _BOOKS)
     need(columns % width == 0, "width", f"a divisor of the {columns} columns", width)

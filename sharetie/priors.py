@@ -163,7 +163,9 @@ class MixturePrior(_Components):
         if zero is not None: need(0 < real(zero, "zero") < 1, "zero", "a share between 0 and 1", zero)
         _check_hyper(hyper), real(deviation, "deviation", above=0)
         values = torch.cat([g[0].tensor.detach().flatten() for g in groups])
-        low, high = (values.min().item(), values.max().item()) if span is None else span
+        if span is None: span = values.min().item(), values.max().item()
+        need(isinstance(span, (tuple, list)) and len(span) == 2, "span", "two numbers, or None,", span, TypeError)
+        low, high = span
         need(real(low, "span") <= real(high, "span"), "span", "two numbers in ascending order", span)
         means = torch.linspace(low, high, whole(components, "components", 1), dtype=values.dtype, device=values.device)
         super().__init__(means, deviation, zero, hyper)

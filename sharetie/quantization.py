@@ -67,6 +67,7 @@ def dequantize(
 ) -> Tensor:  # of the codes' shape and the scales' type
     "Points of the grids as numbers; TypeError or ValueError where codes and scales do not fit."
     tensor(codes, "codes", floating=False, filled=True)
+    need(group_size is None or group_size > 0, "group_size", "a whole number of at least 1, or None,", group_size)
     rows = _rows(codes)
     n = min(group_size or rows.shape[1], rows.shape[1])
     tensor(scales, "scales", floating=True, shape=(len(rows), -(-rows.shape[1] // n)))
@@ -93,7 +94,10 @@ def unpack_int4(
     packed: Tensor,  # (…, bytes), uint8
     n: int,  # codes of a row
 ) -> Tensor:  # (…, n), int8
-    "The codes again."
+    "The codes again; TypeError or ValueError for other bytes, and fewer than n codes."
+    tensor(packed, "packed", floating=False)
+    need(packed.dtype == torch.uint8, "packed", "a tensor of uint8", packed, TypeError)
+    need(0 <= n <= 2 * packed.shape[-1], "n", f"a number of at most {2 * packed.shape[-1]}, the codes of a row,", n)
     pairs = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
     return pairs[..., :n].to(torch.int8) - 8
 

@@ -11,6 +11,7 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -21,9 +22,8 @@ from torch.utils.data import DataLoader
 from .archive import Scaled, _plain_
 from .codebooks import cluster_, decode_
 from .errors import need, one_of, real, whole
-from .finding import module_paths
-from .masks import _part, edges, magnitude, make_permanent_, mask_, masks_of, prune_
-from .quantization import _check, _detach, _grid, prepare_, quantize
+from .masks import Mask, _attach, _part, _weights, edges, magnitude, make_permanent_, mask_, masks_of, prune_
+from .quantization import FakeQuantize, _check, quantize
 from .saving import _contents
 from .train import fit
 
@@ -88,8 +88,10 @@ class Prune:
         one_of(self.scope, "scope", ["layer", "global"])
         need(self.scope == "layer" or not isinstance(self.sparsity, Mapping), "scope", "'layer' with options by name", self.scope)
 
+    def weights(self, model, taken): return _each(model, self.sparsity, self.names)
+
     def __call__(self, run):
-        wanted = _each(run.model, self.sparsity, self.names)
+        wanted = self.weights(run.model, run.taken)
         scores = magnitude(run.model, names=[*wanted])
         if self.scope == "global": prune_(run.model, scores, self.sparsity, scope="global")
         else:
@@ -112,8 +114,10 @@ class Cluster:
         need(self.scope == "layer" or not isinstance(self.k, Mapping), "scope", "'layer' with options by name", self.scope)
         one_of(self.init, "init", ["optimal", "linear", "density", "forgy", "root"])
 
+    def weights(self, model, taken): return _each(model, self.k, self.names, taken)
+
     def __call__(self, run):
-        wanted = _each(run.model, self.k, self.names, run.taken)
+        wanted = self.weights(run.model, run.taken)
         groups = [[*wanted]] if self.scope == "across" else [[name] for name in wanted]
         for names in groups: cluster_(run.model, wanted[names[0]], names, self.scope, zero=run.zero(names), init=self.init)
         decode_(run.model)
@@ -141,16 +145,25 @@ class Tune:
         self.train(run)
         _plain_(run.model)
 
-    def train(self, run, after_step=None):
+    def train(self, run):
         "Train what a run holds, as it is."
         optimizer = torch.optim.Adam([p for p in run.model.parameters() if p.requires_grad], self.lr)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, self.decay)
         data = getattr(run.data, "train", run.data)
         fit(run.model, data, run.loss, optimizer=optimizer, scheduler=scheduler, epochs=self.epochs, seed=self.seed,
-            batch_size=None if isinstance(data, DataLoader) else self.batch_size, after_step=after_step,
+            batch_size=None if isinstance(data, DataLoader) else self.batch_size,
             checkpoint=run.checkpoint, progress=run.progress)
 
 # %% ../nbs/42_recipes.ipynb #5d106cd0
+class _OnGrid(Mask):
+    "A mask through which a weight is seen on its grid."
+    def __init__(self, mask, grid):
+        super().__init__(mask)
+        self.grid = grid
+
+    def forward(self, source): return self.grid(super().forward(source))
+
+
 @dataclass(frozen=True)
 class Quantize(Tune):
     "Put weights on grids of whole numbers times scales, after training for it if there are epochs."
@@ -165,8 +178,13 @@ class Quantize(Tune):
 
     _may_rest = True
 
+    def weights(self, model, taken):
+        done = self.names is None and all(name in taken for name in edges(model))
+        return {} if done else _each(model, self.bits, self.names, taken)
+
     def __call__(self, run):
-        wanted = [*_each(run.model, self.bits, self.names, run.taken)]
+        wanted = [*self.weights(run.model, run.taken)]
+        if not wanted: return
         if self.epochs: self._prepare(run, wanted)
         for name, weight in edges(run.model, wanted).items():
             row = weight[0].numel() if weight.ndim > 1 else len(weight)
@@ -177,15 +195,10 @@ class Quantize(Tune):
     def _prepare(self, run, wanted):
         "Train with the weights on their grids, and zeros where they are pruned."
         run.hold(but=wanted)
-        weights = [run.model.get_parameter(name) for name in wanted if name in run.pruned]
-        gone = [(w, w == 0) for w in weights]
-
-        def clear(step):
-            with torch.no_grad():
-                for w, zero in gone: w.masked_fill_(zero, 0)
-        prepare_(run.model, self.bits, self.group_size, wanted)
-        self.train(run, clear)
-        _detach(run.model, [(path, m) for path, m in module_paths(run.model) if _grid(m) is not None])
+        for name, weight in _weights(run.model, wanted).items():
+            mask = weight.tensor != 0 if name in run.pruned else torch.ones_like(weight.tensor, dtype=torch.bool)
+            _attach(run.model, weight, _OnGrid(mask, FakeQuantize(self.bits, self.group_size)))
+        self.train(run)
         _plain_(run.model)
 
 # %% ../nbs/42_recipes.ipynb #56ffaba4
@@ -249,8 +262,8 @@ def read_recipe(
 
 def _read(path):
     "The content of a JSON or TOML file."
-    text = path.read_text(encoding="utf-8")
-    try: return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    data = path.read_bytes()
+    try: return (tomllib if path.suffix == ".toml" else json).loads(data.decode())
     except ValueError as error: raise ValueError(f"{path}: a recipe in {'TOML' if path.suffix == '.toml' else 'JSON'} is expected ({error})") from error
 
 
@@ -261,5 +274,13 @@ def _stage(row, at):
     known = {f.name: f.default is MISSING for f in fields(kind)}
     for key in options: need(key in known, at, f"an option of {row['stage']!r} ({', '.join(known) or 'there are none'})", key)
     for key, needed in known.items(): need(key in options or not needed, at, f"the option {key!r} of {row['stage']!r}", row)
-    try: return kind(**options)
-    except (ValueError, TypeError) as error: raise type(error)(f"{at}: {error}") from error
+    with _at(at): return kind(**options)
+
+
+@contextmanager
+def _at(at):
+    "Errors of a stage, with its place in the recipe."
+    try: yield
+    except (ValueError, TypeError) as error:
+        if type(error) not in (ValueError, TypeError): raise  # of a kind that takes more than a message
+        raise type(error)(f"{at}: {error}") from error

@@ -328,6 +328,12 @@ def test_records_that_no_one_wrote():
         with pytest.raises(ValueError, match="record|stream"): from_record(bad.byte(), torch.float32, (20, 30))
 
 
+@pytest.mark.parametrize("tensors", [None, {3: torch.ones(2)}, [torch.ones(2)]])
+def test_what_is_no_dictionary_by_name_is_not_written(tmp_path, tensors):
+    with pytest.raises(TypeError, match="tensors: a dictionary of tensors by name"): write_archive(tmp_path / "a", tensors)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_foreign_files(tmp_path):
     save_model(words(), tmp_path / "plain.safetensors")
     torch.save({"a": torch.ones(2)}, tmp_path / "torch.pt")

@@ -4,14 +4,18 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from sharetie.clusters import kmeans_1d
 from sharetie.codebooks import Lookup, cluster_, code_bits, compression_rate, decode_, stored_bits
+from sharetie.finding import Transpose
 from sharetie.hashing import hash_
-from sharetie.masks import _inner
+from sharetie.making import tie_
+from sharetie.masks import _inner, magnitude, make_permanent_, prune_
 from sharetie.pieces import quantize_pieces_
 from sharetie.priors import MixturePrior, assign_
 from sharetie.results import set_seed
+from sharetie.sharing import untie_
 from sharetie.ties import check_ties, declared_ties, load_model, save_model
 from sharetie.transformer import CharacterModel
 from tied import TIED
@@ -187,3 +191,29 @@ def test_declared_ties_hold_through_clustering_and_back(scope, tmp_path):
     load_model(model, tmp_path / "clustered.safetensors")
     decode_(model)
     assert declared_ties(model) == declared and check_ties(model)["embedding.weight"]
+
+
+def mapped():
+    model = nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 12))
+    tie_(model, ["0.weight", "2.weight"], map=Transpose())
+    return model
+
+
+def masked():
+    model = nn.Sequential(nn.Linear(12, 6))
+    return prune_(model, magnitude(model), .5)
+
+
+@pytest.mark.parametrize("call", [lambda m: cluster_(m, 2), lambda m: hash_(m, 2), lambda m: quantize_pieces_(m, 2, 2), MixturePrior],
+                         ids=["cluster_", "hash_", "quantize_pieces_", "MixturePrior"])
+@pytest.mark.parametrize("build, words, mend", [
+    (mapped, r"Transpose computes '2.weight'; untie_\(model, '2.weight'\) first, or name other weights", lambda m: untie_(m, "2.weight")),
+    (masked, r"Mask computes '0.weight'; make_permanent_\(model\) first", make_permanent_),
+    (lambda: nn.Sequential(weight_norm(nn.Linear(12, 6))), "WeightNorm computes '0.weight'; remove_parametrizations from '0.weight' first", None),
+], ids=["mapped tie", "mask", "norm"])
+def test_computed_weights_are_refused_with_the_reason(call, build, words, mend):
+    model = build()
+    with pytest.raises(ValueError, match=words): call(model)
+    if mend:
+        mend(model)
+        call(model)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from sharetie.archive import Archive
 from sharetie.command import main
-from sharetie.compression import compress
+from sharetie.compression import _digest, compress
 from sharetie.finding import Transpose, find_ties
 from sharetie.making import tie_
 from sharetie.masks import magnitude, prune_
@@ -215,6 +216,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"parts", "whole"}
 
 
+@pytest.mark.filterwarnings("ignore:recipe.4.")  # of the model with one weight
 def test_what_an_interrupted_run_can_go_on_with(tmp_path):
     data, path = task(), tmp_path / "a"
     with pytest.raises(Stopped): compress(mlp(), data, stopping(9), FULL, path)
@@ -228,6 +230,99 @@ def test_what_an_interrupted_run_can_go_on_with(tmp_path):
     with pytest.raises(ValueError, match="b.part"): compress(mlp(), data, stopping(99), FULL, tmp_path / "b")
 
 
+STOPS = [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 4, "batch_size": 16}, {"stage": "quantize", "epochs": 3, "bits": 2, "batch_size": 16}]
+
+
+def other():
+    set_seed(1)
+    return nn.Sequential(nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 6))
+
+
+@pytest.mark.parametrize("steps, recipe, again, refused", [
+    (9, STOPS[1:2], {"model": other}, None),
+    (9, STOPS[:2], {"model": other}, "model"),
+    (9, STOPS[:2], {"recipe": [{"stage": "prune", "sparsity": .75}, STOPS[1]]}, "recipe"),
+    (9, STOPS[:2], {"recipe": [STOPS[0], STOPS[1] | {"lr": .1}]}, None),
+    (25, STOPS, {"recipe": [*STOPS[:2], STOPS[2] | {"bits": 8}]}, None),
+    (9, STOPS[1:2], {"data": (task()[0], task()[1].flip(0))}, None),
+    (9, STOPS[:2], {"data": (task()[0], task()[1].flip(0))}, "data"),
+], ids=["model", "model of a stage", "stage before", "rate", "bits", "data", "data of a stage"])
+def test_another_run_takes_nothing_of_an_interrupted_one(tmp_path, steps, recipe, again, refused):
+    with pytest.raises(Stopped): compress(mlp(), task(), stopping(steps), recipe, tmp_path / "a")
+    now = {"model": mlp, "data": task(), "recipe": recipe} | again
+    def run(name): return compress(now["model"](), now["data"], stopping(99), now["recipe"], tmp_path / name)
+    if refused:
+        with pytest.raises(ValueError, match=f"a.part: is of another run, its {refused} differs; remove it"): run("a")
+        (tmp_path / "a.part").unlink()
+    run("a"), run("b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}  # nothing is left of the other run
+
+
+def test_names_in_tuples_are_no_other_recipe(tmp_path):
+    recipe = [{"stage": "prune", "sparsity": .5, "names": ("0.weight",)}, {"stage": "tune", "epochs": 1}]
+    with pytest.raises(Stopped): compress(mlp(), task(), stopping(0), recipe, tmp_path / "a")
+    compress(mlp(), task(), stopping(99), recipe, tmp_path / "a")
+
+
+def test_a_folder_is_no_target(tmp_path):
+    (tmp_path / "fold").mkdir()
+    for force in (False, True):
+        with pytest.raises(IsADirectoryError, match="fold: a file is expected, got a folder"):
+            compress(mlp(), task(), stopping(0), [{"stage": "tune", "epochs": 1}], tmp_path / "fold", force=force)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        compress(mlp(), task(), stopping(0), [{"stage": "tune", "epochs": 1}], tmp_path / "none" / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["fold"]
+
+
+def test_the_order_of_the_issue_works(tmp_path):
+    recipe = [*FULL[:1], {"stage": "cluster", "k": 4}, {"stage": "tune", "epochs": 1}, {"stage": "quantize", "epochs": 1}, {"stage": "code"}]
+    with pytest.warns(UserWarning, match=r"recipe\[3\]: every weight has a codebook or scales; 'quantize' finds nothing to do"):
+        table = compress(mlp(), task(), stopping(99), recipe, tmp_path / "a")
+    assert len(table) == 6
+    with pytest.warns(UserWarning): compress(mlp(), None, None, [{"stage": "quantize"}, {"stage": "quantize"}], tmp_path / "b")
+
+
+@pytest.mark.parametrize("late, words", [
+    ({"stage": "quantize", "names": "9.weight"}, r"recipe\[2\]: names: '9.weight' matches none"),
+    ({"stage": "cluster", "k": {"0.wieght": 2}}, r"recipe\[2\]: names: '0.wieght' matches none of 4 names; the nearest is '0.weight'"),
+    ({"stage": "quantize", "names": "0.weight"}, r"recipe\[2\]: names: weights without a codebook or scales"),
+])
+def test_names_are_checked_before_anything_runs(tmp_path, late, words):
+    recipe = [{"stage": "cluster", "k": 3, "names": "0.weight"}, {"stage": "tune", "epochs": 1}, late]
+    with pytest.raises(ValueError, match=words): compress(mlp(), task(), stopping(0), recipe, tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_error_in_a_stage_has_its_number(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe\[1\]: 0.weight: k: .* at most 160"):
+        compress(mlp(), None, None, [{"stage": "prune", "sparsity": 0}, {"stage": "cluster", "k": 500}], tmp_path / "a")
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attend, self.out = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+    def forward(self, x): return self.out(self.attend(x, x, x, need_weights=False)[0]).mean(1)
+
+
+@pytest.mark.parametrize("build, x, y, loss", [
+    (Attending, torch.randn(12, 5, 8), torch.randint(3, (12,)), F.cross_entropy),
+    (lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Flatten(), nn.LazyLinear(3)), torch.randn(12, 2, 4, 4), torch.randint(3, (12,)), F.cross_entropy),
+], ids=["attention", "transposed convolution"])
+def test_every_weight_is_trained_on_its_grid(tmp_path, build, x, y, loss):
+    set_seed(0)
+    model = build()
+    model(x)
+    compress(model, (x, y), loss, [{"stage": "prune", "sparsity": .5}, {"stage": "quantize", "bits": 4, "epochs": 2}, {"stage": "code"}], tmp_path / "a")
+    fresh = copy.deepcopy(model)
+    load_model(fresh, Archive(tmp_path / "a"))
+    for name, p in model.named_parameters():
+        if p.ndim < 2: continue
+        assert int(Archive(tmp_path / "a").form(name).codes.abs().max()) <= 7
+        assert int((fresh.get_parameter(name) == 0).sum()) >= p.numel() // 2
+
+
 def test_the_table_has_the_sizes_of_files(tmp_path):
     model, data = mlp(), task()
     save_model(model, tmp_path / "dense")
@@ -236,6 +331,13 @@ def test_the_table_has_the_sizes_of_files(tmp_path):
     compress(model, None, None, recipe[:1], tmp_path / "b")
     assert table["bytes"].tolist() == [os.path.getsize(tmp_path / name) for name in ("dense", "b", "a")]
     assert table["rate"].iloc[0] == 1 and table["loss"].iloc[0] == pytest.approx(F.cross_entropy(model(data[0]), data[1]).item())
+
+
+def test_data_are_told_apart_by_their_tensors():
+    x, y = task()
+    split, loader = (x, y), DataLoader(TensorDataset(x, y), 16)
+    assert _digest(split) == _digest(loader) == _digest(SimpleNamespace(train=split)) != _digest((x, y + 1))
+    assert _digest((x.to(torch.complex128), y)) == _digest((None, y))  # a file has no such type, nor a check
 
 
 def test_loaders_train_too(tmp_path):
@@ -275,7 +377,7 @@ def test_loaders_train_too(tmp_path):
     ([{"stage": "cluster", "k": 500}], ValueError, "at most 160, the number of distinct values"),
     ([{"stage": "prune", "sparsity": .5, "names": "9.weight"}], ValueError, "matches none"),
     ([{"stage": "cluster", "k": 4}, {"stage": "quantize", "names": "0.weight"}], ValueError, "without a codebook or scales"),
-    ([{"stage": "cluster", "k": 4}, {"stage": "quantize"}], ValueError, "at least one weight without a codebook"),
+    ([{"stage": "cluster", "k": 4}, {"stage": "cluster", "k": 2}], ValueError, r"recipe\[1\]: names: at least one weight without a codebook"),
 ])
 def test_recipes_that_are_refused(tmp_path, recipe, error, words, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -300,6 +402,11 @@ def test_arguments_and_targets(tmp_path):
     code = [{"stage": "code"}]
     with pytest.raises(TypeError, match="a module"): compress({"a": 1}, None, None, code, tmp_path / "a")
     with pytest.raises(ValueError, match="data for the metrics"): compress(mlp(), None, None, code, tmp_path / "a", metrics={"loss": F.cross_entropy})
+    for metrics in (["e"], {"e": 3}):
+        with pytest.raises(TypeError, match="metrics: a dictionary of functions"): compress(mlp(), None, None, code, tmp_path / "a", metrics=metrics)
+    (tmp_path / "r.json").write_bytes(b"[\xff]")
+    with pytest.raises(ValueError, match="r.json: a recipe in JSON is expected"): read_recipe(tmp_path / "r.json")
+    (tmp_path / "r.json").unlink()
     with pytest.raises(FileNotFoundError, match="no folder"): compress(mlp(), None, None, code, tmp_path / "none" / "a")
     (tmp_path / "a").write_text("mine")
     with pytest.raises(FileExistsError, match="force=True"): compress(mlp(), None, None, code, tmp_path / "a")
@@ -381,6 +488,8 @@ def test_a_killed_process_is_gone_on_with(folder):
     (["compress", "model.safetensors", "small", "--recipe", "full.json"], "data and a loss (at the command line: --task)"),
     (["compress", "model.safetensors", "none/small", "--recipe", "few.json"], "there is no folder"),
     (["compress", "model.safetensors", "model.safetensors", "--recipe", "few.json"], "--force replaces it"),
+    (["compress", "model.safetensors", ".", "--recipe", "few.json", "--force"], ".: a file is expected, got a folder"),
+    (["decompress", "model.safetensors", "."], ".: a file is expected, got a folder"),
     (["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks"], "--task: module:function"),
     (["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "nothing:task"], "cannot be imported"),
     (["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks:nothing"], "cannot be imported"),

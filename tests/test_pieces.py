@@ -228,6 +228,7 @@ def test_equal_rows_are_named():
     (lambda: kmeans(torch.rand(1, 3, 2), 4), ValueError, "k: "),
     (lambda: kmeans(torch.rand(1, 3, 2), 2, init=torch.rand(1, 3, 2)), ValueError, "init: "),
     (lambda: piece_rate((4, 6), 2, 4), ValueError, "a divisor of the 6 columns"),
+    (lambda: piece_rate((3,), 2, 2), TypeError, "shape: rows and columns"),
     (lambda: PieceLookup(torch.zeros(3).long(), 2, (3, 2)), ValueError, "codes: "),
     (lambda: PieceLookup(torch.full((3, 2), 2), 2, (3, 2)), ValueError, "numbers from 0 to 1"),
     (lambda: quantize_pieces_(3, 2, 2), TypeError, "module"),

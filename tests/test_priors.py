@@ -210,6 +210,7 @@ BAD = {
     "share": (lambda: MixturePrior(net(), zero=1.), ValueError, "zero: a share between 0 and 1"),
     "deviation": (lambda: MixturePrior(net(), deviation=0.), ValueError, "deviation: "),
     "span": (lambda: MixturePrior(net(), span=(1., 0.)), ValueError, "span: "),
+    "span of one": (lambda: MixturePrior(net(), span=3), TypeError, "span: two numbers"),
     "strength": (lambda: MixturePrior(net(), strength=-1), ValueError, "strength: "),
     "hyper": (lambda: MixturePrior(net(), hyper=(1, 2, 3)), TypeError, "hyper: HyperPriors"),
     "hyper pair": (lambda: MixturePrior(net(), hyper=HyperPriors(precision=(1., 0.))), ValueError, "hyper.precision"),

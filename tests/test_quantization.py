@@ -355,6 +355,9 @@ def test_weights_that_cannot_be_codes_are_refused(call, change, message):
     (lambda: quantize(torch.ones(2, 2).long()), TypeError, "floating point"), (lambda: quantize(torch.ones(0, 2)), ValueError, "at least one element"),
     (lambda: quantize(torch.tensor([math.nan])), ValueError, "finite"), (lambda: dequantize(torch.ones(2, 4).long(), torch.ones(2, 3), 2), ValueError, r"shape \(2, 2\)"),
     (lambda: dequantize(torch.ones(2, 4), torch.ones(2, 1)), TypeError, "whole numbers"), (lambda: pack_int4(torch.tensor([[8]])), ValueError, "from -8 to 7"),
+    (lambda: dequantize(torch.ones(2, 4).long(), torch.ones(2, 1), 0), ValueError, "group_size: a whole number of at least 1"),
+    (lambda: unpack_int4(torch.ones(2, 2), 4), TypeError, "packed: a tensor of whole numbers"), (lambda: unpack_int4(torch.ones(2, 2).int(), 4), TypeError, "uint8"),
+    (lambda: unpack_int4(torch.ones(2, 2).byte(), 5), ValueError, "n: a number of at most 4"),
     (lambda: convert_(nn.Linear(2, 2)), ValueError, "one that `prepare_` prepared"), (lambda: convert_(3), TypeError, "a module"),
     (lambda: FakeQuantize(9), ValueError, "from 2 to 8"), (lambda: quantized_weights(3), TypeError, "a module"), (lambda: stored_bytes(3), TypeError, "a module")])
 def test_bad_tensors(call, error, message):
