@@ -409,14 +409,15 @@ def _sparsities(weights, sparsity):
     if not isinstance(sparsity, Mapping): return dict.fromkeys(weights, sparsity)
     first = {name: weight.name for weight in weights.values() for name in weight.names}
     given = {first[one_of(name, "sparsity", first)]: part for name, part in sparsity.items()}
-    for name in weights: one_of(name, "weights", given)
+    for name in weights: need(name in given, "sparsity", f"a part for {name!r} too", [*given])
     return given
 
 # %% ../nbs/40_layerwise.ipynb #59e6055a
 def _check_options(weight, sparsity, pattern, method, damp, block):
     "Raise where `prune_rows` would."
+    shape = tuple(weight.tensor.shape)
+    need(len(shape) > 1 and weight.tensor.numel() > 0, weight.name, "a weight with rows and columns", shape)
     W = weight.tensor.detach().flatten(1)
-    need(W.ndim == 2 and W.numel() > 0, weight.name, "a weight with rows and columns", tuple(weight.tensor.shape))
     need((sparsity is None) != (pattern is None), "layerwise_", "one of sparsity and pattern", (sparsity, pattern))
     if pattern is not None: _read_pattern(pattern, {weight.name: W.shape})
     else: _part(sparsity)

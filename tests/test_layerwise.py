@@ -349,7 +349,8 @@ NET = {"sparsity 1": (dict(sparsity=1.), ValueError, "below 1"), "none": (dict()
        "method": (dict(sparsity=.5, method="blocks"), ValueError, "did you mean 'block'"), "damp": (dict(sparsity=.5, damp=-1), ValueError, "damp"),
        "block": (dict(sparsity=.5, block=0), ValueError, "block"), "batch": (dict(sparsity=.5, batch_size=0), ValueError, "batch_size"),
        "names": (dict(sparsity=.5, names="wieght"), ValueError, "matches none"), "cascade": (dict(sparsity=.5, cascade=1), TypeError, "True or False"),
-       "by name": (dict(sparsity={"0.weight": .5}), ValueError, "one of '0.weight'"), "unknown": (dict(sparsity={"1.weight": .5}), ValueError, "one of '0.weight'"),
+       "by name": (dict(sparsity={"0.weight": .5}), ValueError, "sparsity: a part for '2.weight' too"), "by no name": (dict(sparsity={}), ValueError, "sparsity: a part for '0.weight' too"),
+       "a bias": (dict(sparsity=.5, names="*"), ValueError, "0.bias: a weight with rows and columns"), "a pattern of a bias": (dict(pattern="2:4", names="2*"), ValueError, "2.bias: a weight with rows"), "unknown": (dict(sparsity={"1.weight": .5}), ValueError, "one of '0.weight'"),
        "empty": (dict(sparsity=.5, x=torch.rand(0, 8)), ValueError, "at least one element"), "nan": (dict(sparsity=.5, x=torch.full((3, 8), torch.nan)), ValueError, "finite"),
        "zeros": (dict(sparsity=.5, x=torch.zeros(3, 8)), ValueError, "not all 0"), "no tensor": (dict(sparsity=.5, x=3), TypeError, "x: a tensor")}
 
