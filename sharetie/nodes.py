@@ -6,6 +6,7 @@
 __all__ = ['prunable', 'Probe', 'brute_force', 'taylor1', 'taylor2', 'onorm', 'activity', 'least', 'by_size', 'removal_curve']
 
 # %% ../nbs/40_nodes.ipynb #a5f1481c
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from .errors import function, need, one_of, real, tensor
@@ -121,13 +123,21 @@ def brute_force(
 def _taylor(order, model, data, loss, layers, without):
     "The first or the first two terms of the loss's series in each gain."
     probe = Probe(model, data, loss, layers, without)
-    with plain_forward(model), torch.enable_grad():
+    plain = sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext()  # fused attention has one derivative
+    with plain_forward(model), torch.enable_grad(), plain:
         gains = probe.start.clone().requires_grad_()
         slope, = torch.autograd.grad(probe.run(gains), gains, create_graph=order == 2)
         bend = torch.zeros_like(slope)
         if order == 2 and slope.requires_grad:
-            for k in probe.left(): bend[k] = torch.autograd.grad(slope[k], gains, retain_graph=True)[0][k]
+            for k in probe.left(): bend[k] = _bend(slope, gains, k)
     return probe.scores(bend / 2 - slope)
+
+
+def _bend(slope, gains, k):
+    "The second derivative in gain k."
+    try: return torch.autograd.grad(slope[k], gains, retain_graph=True)[0][k]
+    except RuntimeError as error:
+        raise ValueError(f"model: one that can be derived twice is expected, got one that cannot: {error}") from error
 
 # %% ../nbs/40_nodes.ipynb #5d9fec2e
 def taylor1(model: nn.Module, data, loss: Callable, layers=None, without=None) -> dict[str, Tensor]:
@@ -276,6 +286,7 @@ def removal_curve(
     """Remove units one by one, the least first, until each layer has one, and see how the loss grows.
 
     Raises as the criterion does, and for scores that are NaN. Source: Wolfe et al. 2017, algorithms 1 and 2."""
+    function(criterion, "criterion", ["model", "data", "loss", "layers", "without"])
     probe, gone = Probe(model, data, loss, layers), {}
     gains, rows, scores = probe.start.clone(), [("", -1)], None
     with plain_forward(model): losses = [probe.run(gains).item()]
