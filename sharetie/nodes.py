@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from .criteria import _fitting
 from .errors import function, need, one_of, real, tensor
 from .shrinking import chosen_units
-from .tracing import UnitGraph, plain_forward, trace_units
+from .tracing import UnitGraph, _traced, plain_forward
 
 # %% ../nbs/40_nodes.ipynb #eab8ddca
 def prunable(
@@ -66,7 +67,7 @@ class Probe:
         need(fine, "data", "a pair (x, y)", data, TypeError)
         need(len(data[1]), "data", "at least one example", len(data[1]))
         self.model, (self.x, self.y), self.loss = model, data, function(loss, "loss", ["output", "y"])
-        self.graph = trace_units(model, tree_map(lambda t: t[:2], self.x))
+        self.graph = _traced(model, [tree_map(lambda t: t[:2], self.x)], "data")
         self.layers = _layers(self.graph, layers)
         gone = chosen_units(self.graph, without or {})
         units = dict.fromkeys([int(u) for name in self.layers for u in self.graph.layers[name]] + sorted(gone))
@@ -85,7 +86,8 @@ class Probe:
             factor = padded[at].view(-1, *[1] * (-d - 1))
             def read(module, inputs, factor=factor): return (inputs[0] * factor, *inputs[1:])
             hooks.append(modules[name].register_forward_pre_hook(read))
-        try: return self.loss(self.model(self.x), self.y)
+        try:
+            with _fitting("data"): return self.loss(self.model(self.x), self.y)
         finally:
             for hook in hooks: hook.remove()
 

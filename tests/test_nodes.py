@@ -216,6 +216,7 @@ def test_removal_curve_against_plain_loops():
     ({"loss": 3}, TypeError, "loss"), ({"loss": lambda y: y}, TypeError, "loss: a function of .output, y."),
     ({"layers": ["00"]}, ValueError, "'00'; did you mean"), ({"layers": []}, ValueError, "at least one name"),
     ({"layers": ["4"]}, ValueError, "'4' cannot be pruned because of the model puts them out"),
+    ({"data": (torch.ones(2, 7), torch.ones(2, 3))}, ValueError, "data: what the model can take"), ({"data": (torch.ones(3, 6), torch.ones(3, 2))}, ValueError, "data: what the model can take"),
     ({"without": {"0": [9]}}, ValueError, "from 0 to 4"), ({"model": "x"}, TypeError, "a module")])
 def test_bad_input(change, error, message):
     model, data, _ = setting("mlp")
@@ -352,19 +353,29 @@ def test_taylor_through_attention_against_differences(criterion):
         assert math.isclose(scores[name][k], bend / 2 * (criterion is taylor2) - slope, rel_tol=1e-4, abs_tol=1e-6)
 
 
-class Once(torch.autograd.Function):
-    "A square that can be derived once."
+class Double(torch.autograd.Function):
+    "Twice a number, of which there is no derivative."
     @staticmethod
-    def forward(ctx, x): ctx.save_for_backward(x); return x.square()
+    def forward(ctx, x): return 2 * x
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad): return 2 * grad * ctx.saved_tensors[0]
+    def backward(ctx, grad): raise NotImplementedError("it has none")
+
+
+class Square(torch.autograd.Function):
+    "A square that can be derived once."
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad): return grad * Double.apply(*ctx.saved_tensors)
 
 
 def test_a_model_that_cannot_be_derived_twice():
     model, data = mlp(), (torch.ones(2, 6), torch.ones(2, 3))
-    def loss(z, y): return Once.apply(z - y).square().sum()
+    def loss(z, y): return Square.apply(z - y).sum()
     taylor1(model, data, loss)
     with pytest.raises(ValueError, match="model: one that can be derived twice"): taylor2(model, data, loss)
 
