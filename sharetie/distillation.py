@@ -98,7 +98,7 @@ def _answers(teacher, x, batch_size):
 
 # %% ../nbs/41_distillation.ipynb #eb863f22
 class DistillationLoss:
-    """A loss of (scores, `Taught`): soft targets, and a part of it labels, where there are some.
+    """A loss of (scores, `Taught`): soft targets, and a part of it labels, where there are some. Classes come last.
 
     Raises TypeError or ValueError, when made, for a temperature not above 0 and a part not from 0 to 1, when
     called, for other targets. Source: Hinton, Vinyals and Dean 2015, section 2."""
