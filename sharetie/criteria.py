@@ -48,7 +48,8 @@ def taylor(
     x, y = _examples(model, data, loss)
     weights = _weights(model, names)
     with _mode(model, False), torch.enable_grad(), _trainable(weights):
-        value = _one_number(loss(model(x), y))
+        with _fitting("data"): value = loss(model(x), y)
+        value = _one_number(value)
         _check_reached(value)
         slopes = torch.autograd.grad(value, [w.tensor for w in weights.values()], allow_unused=True)
     zeros = (w.tensor if g is None else g for w, g in zip(weights.values(), slopes))
@@ -62,6 +63,15 @@ def _one_number(value):
     need(fine, "loss", "a function to one number", value)
     need(bool(value.isfinite()), "data", "examples at which the loss is finite", value.item())
     return value
+
+
+@contextlib.contextmanager
+def _fitting(argument):
+    "Say which argument it was that a model could not take."
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError, IndexError, AssertionError) as error:
+        raise ValueError(f"{argument}: what the model can take is expected: {error}") from error
 
 
 def _check_reached(out):
@@ -198,7 +208,7 @@ def _squared(func, name, args, kwargs):
         return _Each.apply(lambda x: x / rest[0], args[0])
     if name == "batch_norm": return _normed(args, kwargs)
     raise ValueError(f"model: {name} mixes entries in a way whose curvature one backward pass cannot follow; "
-                     "cross=True needs no rule for it")
+                     "obd(…, cross=True) needs no rule for it, and prune_ takes its scores")
 
 # %% ../nbs/40_criteria.ipynb #eae724b3
 def _product(func, name, args, kwargs):
@@ -262,7 +272,7 @@ def curvature_rows(
     together, and as `edges` does."""
     x, y = _examples(model, data, loss)
     weights = _weights(model, names)
-    with _mode(model, False), torch.no_grad(): z = model(x)
+    with _mode(model, False), torch.no_grad(), _fitting("data"): z = model(x)
     values, vectors = torch.linalg.eigh(_output_curvature(z, y, loss))
     root = values.clamp(min=0).sqrt()[:, :, None] * vectors.mT
     held = {w.places[0].name: w.tensor.detach() for w in weights.values()}
@@ -303,7 +313,7 @@ def obd(
 def _backward_diagonal(model, x, y, loss, weights):
     "Second derivatives by one backward pass of squares."
     with _mode(model, False), torch.enable_grad(), _trainable(weights):
-        with _eager(), _Squares(): z = model(x)
+        with _fitting("data"), _eager(), _Squares(): z = model(x)
         _check_reached(z)
         with torch.no_grad(): start = _output_curvature(z.detach(), y, loss).diagonal(dim1=1, dim2=2)
         tensors = [w.tensor for w in weights.values()]

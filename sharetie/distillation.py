@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .criteria import _fitting
 from .errors import match_names, need, one_of, real, tensor, whole
 from .finding import module_paths
 from .scores import _batches, _device, _leaves, _mode
@@ -27,11 +28,13 @@ def soft_loss(
 ) -> Tensor:  # scalar, in nats: the mean over all but the last axis
     """T² times the divergence of the student's softened answer from the teacher's.
 
-    Raises TypeError or ValueError for scores of different shape and temperatures not above 0.
-    Source: Hinton, Vinyals and Dean 2015, section 2."""
+    Raises TypeError or ValueError for scores of different shape, a teacher without a softmax and temperatures not
+    above 0. Source: Hinton, Vinyals and Dean 2015, section 2."""
     _check_scores(student, teacher)
     t = real(temperature, "temperature", above=0)
     answer, wanted = (student / t).log_softmax(-1), (teacher.detach() / t).softmax(-1)
+    bad = int(wanted.isnan().any(-1).sum())
+    if bad: raise ValueError(f"teacher: scores that have a softmax are expected, got {bad} answers that are NaN or infinite")
     answer = answer.masked_fill(wanted == 0, 0)  # what cannot be adds nothing, also where the student knows it too
     return t * t * F.kl_div(answer, wanted, reduction="none").sum(-1).mean()
 
@@ -49,8 +52,9 @@ def logit_loss(
 ) -> Tensor:  # scalar: the mean over all but the last axis
     """Half the variance of the difference of scores: what `soft_loss` is at high temperature.
 
-    Raises TypeError or ValueError for scores of different shape. Sources: Ba and Caruana 2014; Hinton et al. 2015."""
+    Raises TypeError or ValueError for scores of different shape or a teacher that is not finite. Sources: Ba and Caruana 2014; Hinton et al. 2015."""
     _check_scores(student, teacher)
+    tensor(teacher, "teacher", finite=True)
     return .5 * (student - teacher.detach()).var(-1, correction=0).mean()
 
 # %% ../nbs/41_distillation.ipynb #e4c89779
@@ -85,7 +89,7 @@ def teach(
 def _answers(teacher, x, batch_size):
     "The scores of a teacher for all examples."
     with _mode(teacher, False), torch.no_grad():
-        parts = [teacher(part) for part, _ in _batches((x, x), batch_size, _device(None, teacher))]
+        with _fitting("data"): parts = [teacher(part) for part, _ in _batches((x, x), batch_size, _device(None, teacher))]
     for part in parts:
         tensor(part, "scores of the teacher", floating=True, filled=True)
         bad = int(part.isnan().sum())
@@ -94,7 +98,7 @@ def _answers(teacher, x, batch_size):
 
 # %% ../nbs/41_distillation.ipynb #eb863f22
 class DistillationLoss:
-    """A loss of (scores, `Taught`): soft targets, and a part of it labels, where there are some.
+    """A loss of (scores, `Taught`): soft targets, and a part of it labels, where there are some. Classes come last.
 
     Raises TypeError or ValueError, when made, for a temperature not above 0 and a part not from 0 to 1, when
     called, for other targets. Source: Hinton, Vinyals and Dean 2015, section 2."""
@@ -106,6 +110,10 @@ class DistillationLoss:
 
     def __call__(self, output, taught):
         need(isinstance(taught, Taught), "y", "`Taught`, as `teach` gives,", type(taught), TypeError)
+        labels, shape = tensor(taught.labels, "labels", floating=False), tuple(output.shape)
+        fine = labels.shape == shape[:-1]  # not so where classes are another axis
+        fine = fine or self.hard == 0 and not bool((labels != -100).any())  # no labels may come in any shape
+        need(fine, "labels", f"one for each answer of scores of shape {shape}, with classes last,", tuple(labels.shape))
         loss = output.new_zeros(())
         if self.hard < 1: loss = (1 - self.hard) * soft_loss(output, taught.scores, self.temperature)
         if self.hard > 0: loss = loss + self.hard * _labelled(output, taught.labels)
@@ -277,7 +285,7 @@ class _Bridge(nn.Linear):
 
 def _bridges(distiller, example):
     "A matrix for each match whose features are of different width, and nothing for the others."
-    with _mode(distiller.student, False), torch.no_grad(): features = distiller(example).features
+    with _mode(distiller.student, False), torch.no_grad(), _fitting("example"): features = distiller(example).features
     widths = [tuple(_channels_last(f).shape[-1] for f in pair) for pair in features]
     like = [{"device": own.device, "dtype": own.dtype} for own, _ in features]
     return nn.ModuleList(nn.Identity() if a == b else _Bridge(a, b, **kind) for (a, b), kind in zip(widths, like))

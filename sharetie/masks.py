@@ -334,9 +334,14 @@ def prune_(
         masks = {name: _by_pattern(s, n, m) for name, s in scores.items()}
     elif sparsity is None: masks = _thresholded(scores, threshold)
     else: masks = _kept(scores, _part(sparsity), scope)
+    _warn_empty(masks)
+    return mask_(model, masks)
+
+
+def _warn_empty(masks):
+    "Warn where nothing is left of a weight."
     if gone := [name for name, mask in masks.items() if not mask.any()]:
         warn(f"nothing is left of {gone}: no signal passes there any more")
-    return mask_(model, masks)
 
 
 def _checked_scores(model, scores):

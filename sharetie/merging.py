@@ -20,7 +20,7 @@ from .finding import places
 from .nodes import Probe, _count, _inputs, _no_loss, _positions, _read_axis, _weight
 from .shrinking import chosen_units, remove_units_
 from .surgery import sites
-from .tracing import trace_units
+from .tracing import _traced, trace_units
 
 # %% ../nbs/40_merging.ipynb #24328abe
 def _reading(model, graph, units):
@@ -145,7 +145,7 @@ def prune_units_(
     whose reading weights are tied; then nothing has changed. Source: Mariet and Sra 2016, for the merge."""
     for t in tree_leaves(x): need(isinstance(t, Tensor) and t.ndim and len(t), "x", "a tensor of one example or more", t)
     inputs = tree_map(lambda t: t[:2], x)
-    graph = trace_units(model, inputs)
+    graph = _traced(model, [inputs], "x")
     gone = chosen_units(graph, units)
     readers = _reading(model, graph, gone) if merge and gone else []
     seen = _inputs(model, graph, [name for name, _ in readers], lambda: model(x))

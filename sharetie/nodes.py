@@ -6,6 +6,7 @@
 __all__ = ['prunable', 'Probe', 'brute_force', 'taylor1', 'taylor2', 'onorm', 'activity', 'least', 'by_size', 'removal_curve']
 
 # %% ../nbs/40_nodes.ipynb #a5f1481c
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 
@@ -13,11 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
+from .criteria import _fitting
 from .errors import function, need, one_of, real, tensor
 from .shrinking import chosen_units
-from .tracing import UnitGraph, plain_forward, trace_units
+from .tracing import UnitGraph, _traced, plain_forward
 
 # %% ../nbs/40_nodes.ipynb #eab8ddca
 def prunable(
@@ -64,7 +67,7 @@ class Probe:
         need(fine, "data", "a pair (x, y)", data, TypeError)
         need(len(data[1]), "data", "at least one example", len(data[1]))
         self.model, (self.x, self.y), self.loss = model, data, function(loss, "loss", ["output", "y"])
-        self.graph = trace_units(model, tree_map(lambda t: t[:2], self.x))
+        self.graph = _traced(model, [tree_map(lambda t: t[:2], self.x)], "data")
         self.layers = _layers(self.graph, layers)
         gone = chosen_units(self.graph, without or {})
         units = dict.fromkeys([int(u) for name in self.layers for u in self.graph.layers[name]] + sorted(gone))
@@ -83,7 +86,8 @@ class Probe:
             factor = padded[at].view(-1, *[1] * (-d - 1))
             def read(module, inputs, factor=factor): return (inputs[0] * factor, *inputs[1:])
             hooks.append(modules[name].register_forward_pre_hook(read))
-        try: return self.loss(self.model(self.x), self.y)
+        try:
+            with _fitting("data"): return self.loss(self.model(self.x), self.y)
         finally:
             for hook in hooks: hook.remove()
 
@@ -121,13 +125,21 @@ def brute_force(
 def _taylor(order, model, data, loss, layers, without):
     "The first or the first two terms of the loss's series in each gain."
     probe = Probe(model, data, loss, layers, without)
-    with plain_forward(model), torch.enable_grad():
+    plain = sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext()  # fused attention has one derivative
+    with plain_forward(model), torch.enable_grad(), plain:
         gains = probe.start.clone().requires_grad_()
         slope, = torch.autograd.grad(probe.run(gains), gains, create_graph=order == 2)
         bend = torch.zeros_like(slope)
         if order == 2 and slope.requires_grad:
-            for k in probe.left(): bend[k] = torch.autograd.grad(slope[k], gains, retain_graph=True)[0][k]
+            for k in probe.left(): bend[k] = _bend(slope, gains, k)
     return probe.scores(bend / 2 - slope)
+
+
+def _bend(slope, gains, k):
+    "The second derivative in gain k."
+    try: return torch.autograd.grad(slope[k], gains, retain_graph=True)[0][k]
+    except RuntimeError as error:
+        raise ValueError(f"model: one that can be derived twice is expected, got one that cannot: {error}") from error
 
 # %% ../nbs/40_nodes.ipynb #5d9fec2e
 def taylor1(model: nn.Module, data, loss: Callable, layers=None, without=None) -> dict[str, Tensor]:
@@ -276,6 +288,7 @@ def removal_curve(
     """Remove units one by one, the least first, until each layer has one, and see how the loss grows.
 
     Raises as the criterion does, and for scores that are NaN. Source: Wolfe et al. 2017, algorithms 1 and 2."""
+    function(criterion, "criterion", ["model", "data", "loss", "layers", "without"])
     probe, gone = Probe(model, data, loss, layers), {}
     gains, rows, scores = probe.start.clone(), [("", -1)], None
     with plain_forward(model): losses = [probe.run(gains).item()]

@@ -16,9 +16,11 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .criteria import _fitting
 from .errors import need
 from .finding import module_paths, places
 from .making import _changeable
@@ -353,23 +355,28 @@ def trace_units(
 ) -> UnitGraph:
     """Follow every index of every stored tensor through one forward pass.
 
-    Raises TypeError or ValueError for no module, a wrapped or scripted one, no inputs or empty ones, and
-    several tensors over one memory."""
-    _check_traceable(model, inputs)
+    Raises TypeError or ValueError for no module, a wrapped or scripted one, no inputs, empty ones or some that the
+    model cannot take, and several tensors over one memory."""
+    return _traced(model, inputs, "inputs")
+
+
+def _traced(model, inputs, argument):
+    "The units of a model, from inputs that came as an argument of some name."
+    _check_traceable(model, inputs, argument)
     held = {name: place.tensor for name, place in places(model).items()}
     tracer = Tracer(held)
-    with plain_forward(model), _Watch(model, tracer), tracer: out = model(*inputs)
+    with _fitting(argument), plain_forward(model), _Watch(model, tracer), tracer: out = model(*inputs)
     for v in tree_leaves(out):
         for ids in tracer.axes(v) if isinstance(v, Tensor) else (): tracer.numbers.fix(ids, "the model puts them out")
     return _graph(model, held, tracer)
 
 # %% ../nbs/40_tracing.ipynb #fb551852
-def _check_traceable(model, inputs):
+def _check_traceable(model, inputs, argument):
     "Raise unless a model can be traced."
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
-    need(inputs, "inputs", "what one forward pass takes", inputs)
+    need(inputs, argument, "what one forward pass takes", inputs)
     for v in tree_leaves(inputs):
-        if isinstance(v, Tensor): need(v.numel(), "inputs", "at least one example", tuple(v.shape))
+        if isinstance(v, Tensor): need(v.numel(), argument, "at least one example", tuple(v.shape))
     scripted = isinstance(model, torch.jit.ScriptModule) or hasattr(model, "_orig_mod")
     need(not scripted, "model", "a module that is neither scripted nor compiled", type(model), TypeError)
     _changeable(model)
@@ -412,7 +419,7 @@ class _Watch:
         through = isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
         if reads and not through:  # a depthwise one passes its units on
             d = _axis(module)
-            ids = t.axes(inputs[0])[d]
+            ids = ([None] * -d + t.axes(inputs[0]))[d]  # an input of too few axes is the layer's to refuse
             if ids is not None: t.read_in.setdefault(name, []).append((d, ids))
 
     def after(self, module, inputs, out):
@@ -434,6 +441,8 @@ def _graph(model, held, tracer):
     for name, t in held.items(): once.setdefault(id(t), name)
     layers = {}
     for path, module in module_paths(model):
+        outer = path.rpartition("parametrizations.")[0].rstrip(".")
+        if isinstance(module, ParametrizationList) and outer in tracer.outputs: continue  # a mask changes no names
         if path in tracer.outputs: layers[path] = units(tracer.outputs[path])
         else: layers |= {f"{path}.{name}".lstrip("."): classes[tracer.axes(p)[0]]
                          for name, p in module._parameters.items() if p is not None and p.ndim

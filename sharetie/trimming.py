@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .criteria import _eager
+from .criteria import _eager, _fitting
 from .errors import need, real, tensor, warn, whole
 from .layerwise import _Outside, _check_inputs, _check_mask, _holders, _input, _layers_of
-from .masks import _seen, _weights, mask_
+from .masks import _seen, _warn_empty, _weights, mask_
 from .scores import _leaves, _mode
 
 # %% ../nbs/40_trimming.ipynb #591da2ff
@@ -152,7 +152,7 @@ def _observed(model, weight, module, x, batch_size):
     readers, outside = _Readers(), _Outside({weight.name: weight})
     hooks = [*outside.watch(weight.name, module), module.register_forward_hook(readers.note, with_kwargs=True)]
     try:
-        with _mode(model, False), _eager(), outside, readers:
+        with _fitting("x"), _mode(model, False), _eager(), outside, readers:
             for part in x.split(batch_size): readers.returned(model(part))
     finally:
         for hook in hooks: hook.remove()
@@ -190,6 +190,7 @@ def trim_(
             if cascade: inputs = _observed(model, weights[name], modules[name], x, batch_size)[0]
             new = _trim_one(weights[name], modules[name].bias, inputs, outputs, relu, epsilon, steps, tolerance)
             masks[name], rows[name] = new
+        _warn_empty(masks)
         mask_(model, masks)
     except BaseException:
         for p, value in zip(held, before): p.copy_(value)

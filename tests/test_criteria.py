@@ -367,3 +367,13 @@ def test_a_compiled_model_is_scored_as_it_is_written():
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     compiled = torch.compile(model, backend="eager")
     for name, s in obd(model, GOOD, F.mse_loss).items(): torch.testing.assert_close(obd(compiled, GOOD, F.mse_loss)[f"_orig_mod.{name}"], s)
+
+
+@pytest.mark.parametrize("f", [taylor, obd, curvature_rows])
+def test_data_that_the_model_cannot_take(f):
+    with pytest.raises(ValueError, match="data: what the model can take"): f(nn.Linear(4, 3), (torch.rand(5, 3), torch.rand(5, 3)), F.mse_loss)
+
+
+def test_advice_names_the_function_that_takes_it():
+    model, data = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (torch.rand(5, 4), torch.rand(5, 4))
+    with pytest.raises(ValueError, match=r"layer_norm mixes entries .* obd\(…, cross=True\) needs no rule"): obd(model, data, F.mse_loss)

@@ -349,8 +349,10 @@ NET = {"sparsity 1": (dict(sparsity=1.), ValueError, "below 1"), "none": (dict()
        "method": (dict(sparsity=.5, method="blocks"), ValueError, "did you mean 'block'"), "damp": (dict(sparsity=.5, damp=-1), ValueError, "damp"),
        "block": (dict(sparsity=.5, block=0), ValueError, "block"), "batch": (dict(sparsity=.5, batch_size=0), ValueError, "batch_size"),
        "names": (dict(sparsity=.5, names="wieght"), ValueError, "matches none"), "cascade": (dict(sparsity=.5, cascade=1), TypeError, "True or False"),
-       "by name": (dict(sparsity={"0.weight": .5}), ValueError, "one of '0.weight'"), "unknown": (dict(sparsity={"1.weight": .5}), ValueError, "one of '0.weight'"),
+       "by name": (dict(sparsity={"0.weight": .5}), ValueError, "sparsity: a part for '2.weight' too"), "by no name": (dict(sparsity={}), ValueError, "sparsity: a part for '0.weight' too"),
+       "a bias": (dict(sparsity=.5, names="*"), ValueError, "0.bias: a weight with rows and columns"), "a pattern of a bias": (dict(pattern="2:4", names="2*"), ValueError, "2.bias: a weight with rows"), "unknown": (dict(sparsity={"1.weight": .5}), ValueError, "one of '0.weight'"),
        "empty": (dict(sparsity=.5, x=torch.rand(0, 8)), ValueError, "at least one element"), "nan": (dict(sparsity=.5, x=torch.full((3, 8), torch.nan)), ValueError, "finite"),
+       "shape": (dict(sparsity=.5, x=torch.rand(3, 7)), ValueError, "x: what the model can take"), "a number": (dict(sparsity=.5, x=torch.rand(3)), ValueError, "x: what the model can take"),
        "zeros": (dict(sparsity=.5, x=torch.zeros(3, 8)), ValueError, "not all 0"), "no tensor": (dict(sparsity=.5, x=3), TypeError, "x: a tensor")}
 
 
@@ -517,3 +519,7 @@ def test_inputs_far_from_zero_have_their_covariance():
 def test_hundreds_of_layers_are_calibrated_at_once():
     model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(400)])
     assert len(calibrate(model, torch.rand(3, 2))) == 400
+
+
+def test_a_layer_that_loses_all_is_a_warning():
+    with pytest.warns(UserWarning, match="nothing is left of .*'weight'"): layerwise_(nn.Linear(4, 1), torch.rand(9, 4), .9)

@@ -429,3 +429,8 @@ def test_every_method_keeps_ties_or_refuses(kind, method):
         else: shrunk.append(sum(p.numel() for p in model.parameters()) < size and bool(model(x).isfinite().all()))
         assert [tie.names for tie in find_ties(model)] == ties
     assert all(shrunk) and bool(shrunk) == (kind in SHRINK[method])
+
+
+def test_examples_that_the_model_cannot_take():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with pytest.raises(ValueError, match="x: what the model can take"): prune_units_(model, {"0": [0]}, torch.zeros(4, 5))

@@ -216,6 +216,7 @@ def test_removal_curve_against_plain_loops():
     ({"loss": 3}, TypeError, "loss"), ({"loss": lambda y: y}, TypeError, "loss: a function of .output, y."),
     ({"layers": ["00"]}, ValueError, "'00'; did you mean"), ({"layers": []}, ValueError, "at least one name"),
     ({"layers": ["4"]}, ValueError, "'4' cannot be pruned because of the model puts them out"),
+    ({"data": (torch.ones(2, 7), torch.ones(2, 3))}, ValueError, "data: what the model can take"), ({"data": (torch.ones(3, 6), torch.ones(3, 2))}, ValueError, "data: what the model can take"),
     ({"without": {"0": [9]}}, ValueError, "from 0 to 4"), ({"model": "x"}, TypeError, "a module")])
 def test_bad_input(change, error, message):
     model, data, _ = setting("mlp")
@@ -325,3 +326,60 @@ def test_a_layer_that_reads_by_keyword_is_refused():
         class Unread(Gated):
             def forward(self, x): return self.b(x[:, :1].repeat(1, 4) + 0 * self.a(x)[:, :0].sum())
         brute_force(Unread(), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss, "a")
+
+
+class Reader(nn.Module):
+    "Two stacked transformer layers, whose attention is fused."
+    def __init__(self):
+        super().__init__()
+        self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 6, dropout=0., batch_first=True), 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 3)
+    def forward(self, x): return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("criterion", [taylor1, taylor2])
+def test_taylor_through_attention_against_differences(criterion):
+    set_seed(0)
+    model, data = Reader().double(), (torch.randn(4, 5, 8).double(), torch.randn(4, 5, 3).double())
+    name, step = "body.layers.0.linear1", 1e-4
+    probe, scores = Probe(model, data, F.mse_loss, name), criterion(model, data, F.mse_loss, name)
+    def at(k, by):
+        gains = probe.start.clone()
+        gains[k] += by
+        model.eval()
+        return probe.run(gains).item()
+    for k in range(6):
+        slope, bend = (at(k, step) - at(k, -step)) / (2 * step), (at(k, step) + at(k, -step) - 2 * at(k, 0)) / step ** 2
+        assert math.isclose(scores[name][k], bend / 2 * (criterion is taylor2) - slope, rel_tol=1e-4, abs_tol=1e-6)
+
+
+class Double(torch.autograd.Function):
+    "Twice a number, of which there is no derivative."
+    @staticmethod
+    def forward(ctx, x): return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad): raise NotImplementedError("it has none")
+
+
+class Square(torch.autograd.Function):
+    "A square that can be derived once."
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad): return grad * Double.apply(*ctx.saved_tensors)
+
+
+def test_a_model_that_cannot_be_derived_twice():
+    model, data = mlp(), (torch.ones(2, 6), torch.ones(2, 3))
+    def loss(z, y): return Square.apply(z - y).sum()
+    taylor1(model, data, loss)
+    with pytest.raises(ValueError, match="model: one that can be derived twice"): taylor2(model, data, loss)
+
+
+@pytest.mark.parametrize("criterion", ["taylor1", None, lambda model: 0])
+def test_a_curve_needs_a_criterion(criterion):
+    with pytest.raises(TypeError, match="criterion: a function of"): removal_curve(mlp(), (torch.ones(2, 6), torch.ones(2, 3)), F.mse_loss, criterion)

@@ -64,6 +64,7 @@ def test_a_tied_table_goes_once(method):
 BAD = [(dict(method="magnitud"), ValueError, "did you mean 'magnitude'"), (dict(method="block", scope="global"), ValueError, "compares no layers"), (dict(scope="all"), ValueError, "scope"),
        (dict(pattern="2:4"), ValueError, "one of sparsity and pattern"), (dict(sparsity=None), ValueError, "one of sparsity and pattern"), (dict(sparsity=1.), ValueError, "below 1"),
        (dict(sparsity=None, pattern="2:5"), ValueError, "multiple of 5"), (dict(data=3), TypeError, "a pair"), (dict(loss=None), TypeError, "loss: a function"),
+       (dict(method="block", names="*"), ValueError, "0.bias: a weight with rows and columns"),
        (dict(method="obd", loss=lambda z, y: F.cross_entropy(z, y, reduction="sum")), ValueError, "a mean over examples")]
 
 

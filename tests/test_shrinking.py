@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sharetie.masks import magnitude, make_permanent_, prune_
 from sharetie.results import set_seed
 from sharetie.shrinking import remove_units_
 from sharetie.ties import Transpose, check_ties, find_ties, load_model, save_model, tie_
@@ -364,3 +365,21 @@ def test_gradients_are_cut_as_they_are(sparse):
     stay = [0, 2, 3]
     for p, grad in zip(model.parameters(), (wanted[0][:, stay], wanted[1][:, stay], wanted[2])): assert torch.equal(p.grad.to_dense(), grad)
     assert model[0].weight.grad.is_sparse == sparse
+
+
+def test_what_went_from_a_masked_model_goes_from_a_plain_one():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.rand(5, 4)
+    plain = copy.deepcopy(model)
+    prune_(model, magnitude(model), .5)
+    gone = remove_units_(model, {"0": [0, 1]}, x)
+    assert gone == {"0": [0, 1]} == remove_units_(plain, gone, x)
+    make_permanent_(model)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(x), model(x))
+
+
+def test_inputs_that_the_model_cannot_take_change_nothing():
+    model = Written()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="inputs: what the model can take"): remove_units_(model, {"a": [0]}, torch.zeros(2, 9))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())

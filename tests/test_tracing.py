@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from sharetie.ties import Transpose, tie_
+from sharetie.masks import magnitude, prune_
 from sharetie.tracing import Numbers, trace_units
 
 
@@ -169,7 +170,7 @@ def test_bad_input():
 def test_failing_forward_leaves_no_hooks():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 2)).train()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="shapes"): trace_units(model, torch.ones(1, 2))
+        with pytest.raises(ValueError, match="inputs: what the model can take is expected: .*shapes"): trace_units(model, torch.ones(1, 2))
     assert model.training and torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
 
 
@@ -202,3 +203,17 @@ def test_layers_keep_their_names_where_positions_are_learned():
 
 def test_no_examples():
     with pytest.raises(ValueError, match="inputs: at least one example is expected, got .0, 3."): trace_units(nn.Linear(3, 2), torch.ones(0, 3))
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 1), torch.zeros(2, 5, 8, 8), torch.zeros(2, 3, 8, 8).long(), torch.zeros(())])
+def test_inputs_that_the_model_cannot_take(x):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+    with pytest.raises(ValueError, match="inputs: what the model can take is expected: "): trace_units(model, x)
+
+
+def test_masked_layers_keep_their_names():
+    for make in (lambda: nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), lambda: nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))):
+        model = make()
+        x = torch.ones(2, 4) if isinstance(model[0], nn.Linear) else torch.ones(2, 4).long()
+        names = list(trace_units(model, x).layers)
+        assert list(trace_units(prune_(model, magnitude(model), .5), x).layers) == names

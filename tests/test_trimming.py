@@ -336,3 +336,12 @@ def test_the_program_of_a_cascade_and_that_without_a_relu(relu, worse):
     found = net_trim(inputs, Y, .2, relu, start=W if worse else None, steps=5000, tolerance=1e-5)
     for u, y, w in zip(found.T, Y.T, W.T):
         assert u.abs().sum().item() == pytest.approx(convex_program(inputs.numpy(), y.numpy(), .2, relu, w.numpy() if worse else None), rel=5e-3, abs=1e-3)
+
+
+def test_a_layer_that_loses_all_is_a_warning():
+    with pytest.warns(UserWarning, match="nothing is left of .*'weight'"): table = trim_(nn.Linear(4, 3), torch.rand(40, 4), 2.)
+    assert table["left"]["weight"] == 0
+
+
+def test_inputs_that_the_model_cannot_take():
+    with pytest.raises(ValueError, match="x: what the model can take"): trim_(nn.Linear(4, 3), torch.rand(9, 5))
