@@ -156,9 +156,9 @@ class Attention(nn.Module):
         _check_positions(x, self.dim)
         q, k, v = (through(f, x, "x").unflatten(-1, (-1, self.width)).transpose(-3, -2) for f in (self.q, self.k, self.v))
         need(cache is None or isinstance(cache, Cache), "cache", "a Cache or None", cache, TypeError)
-        positions = k.shape[-2] + (0 if cache is None else len(cache))
-        grouped, plain = self.kv_heads < self.heads, mask is None and q.shape[-2] == positions
-        if not plain: mask = self._mask(mask, (*q.shape[:-1], positions), q)
+        before = 0 if cache is None else len(cache)
+        grouped, plain = self.kv_heads < self.heads, mask is None and not before
+        if not plain: mask = self._mask(mask, (*q.shape[:-1], before + k.shape[-2]), q)
         if cache is not None: k, v = cache.extend(k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and plain, enable_gqa=grouped)
         return self.out(y.transpose(-3, -2).flatten(-2))

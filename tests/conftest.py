@@ -45,6 +45,16 @@ def results_of_their_own(tmp_path_factory):
     del os.environ["SHARETIE_RESULTS"]
 
 
+@pytest.fixture(autouse=True)
+def graphs_of_their_own():
+    "What a test compiled is forgotten: another test in its process would compile for other shapes, or too often."
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo and dynamo.utils.counters["frames"]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+
+
 @pytest.fixture
 def one_process(tmp_path):
     "A process group of one."

@@ -100,6 +100,14 @@ def test_attention_compiles_whole():
     for options in ({}, {"causal": True}, {"mask": mask}): torch.testing.assert_close(whole(q, k, v, **options), attention(q, k, v, **options))
 
 
+def test_a_compiled_layer_takes_sequences_of_any_length():
+    layer = Attention(16, 2, causal=True)
+    whole = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 7, 9):
+        x = torch.randn(2, n, 16)
+        torch.testing.assert_close(whole(x), layer(x))
+
+
 @pytest.mark.parametrize("kv", [4, 1])
 def test_permutation_equivariance(kv):
     torch.manual_seed(0)
