@@ -1,6 +1,7 @@
 "Scores of single weights and rewinding: against Jacobians multiplied by hand, finite differences and brute force; tied models, masks, bad input."
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -9,46 +10,14 @@ from torch import nn
 
 from sharetie.checking import check_ties
 from sharetie.criteria import curvature_rows, obd, remember, rewind_, taylor
-from sharetie.making import tie_
 from sharetie.masks import edges, magnitude, mask_, masks_of, prune_
-from sharetie.views import Transpose
+from tied import Convs, Speaker, autoencoder, reused
 
 
-class Words(nn.Module):
-    "A language model with one table, of the last word alone."
-    def __init__(self):
-        super().__init__()
-        self.table, self.body, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
-        tie_(self, ["table.weight", "head.weight"])
-
-    def forward(self, x): return self.head(torch.tanh(self.body(self.table(x))))
-
-
-class Twice(nn.Module):
-    "Two convolutions on one Parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-        self.b.weight = self.a.weight
-
-    def forward(self, x): return self.b(torch.relu(self.a(x))).flatten(1)
-
-
-def reused():
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(layer, nn.Tanh(), layer)
-
-
-def autoencoder():
-    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5))
-    tie_(model, ["0.weight", "2.weight"], map=Transpose())
-    return model
-
-
-TIED = {"words": (Words, lambda: (torch.randint(7, (6,)), torch.randint(7, (6,))), F.cross_entropy),
-        "twice": (Twice, lambda: (torch.rand(3, 2, 4, 4), torch.rand(3, 32)), F.mse_loss),
+TIED = {"words": (partial(Speaker, words=7, width=4), lambda: (torch.randint(7, (6,)), torch.randint(7, (6,))), F.cross_entropy),
+        "twice": (Convs, lambda: (torch.rand(3, 2, 4, 4), torch.rand(3, 2, 4, 4)), F.mse_loss),
         "reused": (reused, lambda: (torch.rand(5, 4), torch.rand(5, 4)), F.mse_loss),
-        "autoencoder": (autoencoder, lambda: (torch.rand(5, 5), torch.rand(5, 5)), F.mse_loss)}
+        "autoencoder": (partial(autoencoder, 5, 3), lambda: (torch.rand(5, 5), torch.rand(5, 5)), F.mse_loss)}
 
 
 @pytest.fixture(params=TIED)
@@ -163,7 +132,7 @@ def test_the_sum_over_uses_is_that_of_untied_copies(tied):
     model, data, loss = tied
     name, = edges(model)
     apart = copy.deepcopy(model)
-    if isinstance(model, Twice): apart.b.weight = nn.Parameter(apart.a.weight.detach().clone())
+    if isinstance(model, Convs): apart.b.weight = nn.Parameter(apart.a.weight.detach().clone())
     elif model[0] is model[2]: apart[2] = copy.deepcopy(apart[0])
     else:
         apart[2] = nn.Linear(3, 5).double()
@@ -208,7 +177,7 @@ def test_rewinding_keeps_masks_and_ties(tied):
 
 
 def test_rewinding_takes_any_name_of_a_tied_weight():
-    model = Words()
+    model = Speaker(words=7, width=4)
     rewind_(model, {"head.weight": torch.ones(7, 4)})
     assert (model.table.weight == 1).all() and model.table.weight is model.head.weight
 
@@ -251,7 +220,7 @@ BAD = {
     "nan, rows": (lambda: curvature_rows(nn.Linear(3, 2), (GOOD[0] * torch.nan, GOOD[1]), F.mse_loss), ValueError, "data: .* finite"),
     "no slope": (lambda: taylor(Detached(3, 2), GOOD, F.mse_loss), ValueError, "names: a weight on which the outputs depend"),
     "no curvature": (lambda: obd(Detached(3, 2), GOOD, F.mse_loss), ValueError, "names: a weight on which the outputs depend"),
-    "rewind two": (lambda: rewind_(Words(), {"table.weight": torch.ones(7, 4), "head.weight": torch.zeros(7, 4)}), ValueError, "one value for 'table.weight', which has several names"),
+    "rewind two": (lambda: rewind_(Speaker(words=7, width=4), {"table.weight": torch.ones(7, 4), "head.weight": torch.zeros(7, 4)}), ValueError, "one value for 'table.weight', which has several names"),
     "rewind nothing": (lambda: rewind_(nn.Linear(3, 2), 3), TypeError, "values: a dictionary"),
     "rewind elsewhere": (lambda: rewind_(nn.Linear(3, 2), {"wieght": GOOD[0]}), ValueError, "names of weights"),
     "rewind shape": (lambda: rewind_(nn.Linear(3, 2), {"weight": GOOD[0]}), ValueError, "a tensor of shape"),

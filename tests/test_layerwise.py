@@ -1,6 +1,7 @@
 "Layer-wise surgery: against plain loops and published code's form, brute force, tied models, convolutions, cascades, bad input that changes nothing."
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,8 @@ from torch import nn
 from sharetie.checking import check_ties
 from sharetie.embeddings import ScaledEmbedding
 from sharetie.layerwise import _METHODS as METHODS, calibrate, layerwise_, prune_rows, refit
-from sharetie.making import tie_
 from sharetie.masks import edges, magnitude, masks_of, prune_, sparsity_of
-from sharetie.views import Transpose
+from tied import Convs, Speaker, autoencoder, reused
 
 
 def problem(r=5, d=12, m=40, seed=0):
@@ -165,36 +165,7 @@ def test_dead_inputs_lose_their_weights(method):
 
 # Networks
 
-class Words(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.body, self.head = nn.Embedding(12, 4), nn.Linear(4, 4), nn.Linear(4, 12, bias=False)
-        tie_(self, ["table.weight", "head.weight"])
-
-    def forward(self, x): return self.head(torch.tanh(self.body(self.table(x))))
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, stride=2)
-        self.b.weight = self.a.weight
-
-    def forward(self, x): return self.b(torch.relu(self.a(x)))
-
-
-def reused():
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(layer, nn.Tanh(), layer)
-
-
-def autoencoder():
-    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5))
-    tie_(model, ["0.weight", "2.weight"], map=Transpose())
-    return model
-
-
-TIED = {"words": (Words, lambda: torch.randint(12, (20, 5))), "twice": (Twice, lambda: torch.rand(20, 2, 7, 7)), "reused": (reused, lambda: torch.rand(20, 4))}
+TIED = {"words": (partial(Speaker, words=12, width=4), lambda: torch.randint(12, (20, 5))), "twice": (Convs, lambda: torch.rand(20, 2, 7, 7)), "reused": (reused, lambda: torch.rand(20, 4))}
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -215,21 +186,21 @@ def test_tied_weights_are_pruned_once_and_stay_tied(name, method):
 
 def test_the_hessian_of_a_tied_weight_is_the_sum_over_uses():
     torch.manual_seed(0)
-    words, x = Words(), torch.randint(12, (20, 5))
+    words, x = Speaker(words=12, width=4), torch.randint(12, (20, 5))
     seen = calibrate(words, x, "table.weight", batch_size=3)["table.weight"]
     hidden = torch.tanh(words.body(words.table(x))).flatten(0, 1).detach()
     torch.testing.assert_close(seen.hessian, hidden.T @ hidden / 20)
     torch.testing.assert_close(seen.counts, torch.bincount(x.flatten(), minlength=12) / 20)
-    twice, x = Twice(), torch.rand(6, 2, 7, 7)
+    twice, x = Convs(), torch.rand(6, 2, 7, 7)
     one = F.unfold(x, 3, padding=1).mT.flatten(0, 1)
-    two = F.unfold(twice.a(x).relu(), 3, stride=2).mT.flatten(0, 1).detach()
+    two = F.unfold(twice.a(x).relu(), 3, padding=1).mT.flatten(0, 1).detach()
     wanted = sum(torch.cov(rows.T, correction=0) * len(rows) for rows in (one, two)) / 6
     torch.testing.assert_close(calibrate(twice, x)["a.weight"].hessian, wanted)
 
 
 def test_the_error_of_a_table_is_that_of_both_roles():
     torch.manual_seed(0)
-    words, x = Words(), torch.randint(12, (20, 5))
+    words, x = Speaker(words=12, width=4), torch.randint(12, (20, 5))
     before, hidden = words.table.weight.detach().clone(), torch.tanh(words.body(words.table(x))).detach()
     table = layerwise_(words, x, .5, names="table.weight")
     change = words.table.weight.detach() - before
@@ -254,7 +225,7 @@ def test_what_a_layer_cannot_see_is_refused():
 
     x = torch.rand(9, 5)
     pruned = prune_(Coder(), {"encoder.weight": torch.rand(3, 5)}, .2)
-    for model, words in ((autoencoder(), "used through a map"), (Coder(), "uses it elsewhere"), (pruned, "uses it elsewhere"), (Bare(), "layers|linear layers"),
+    for model, words in ((autoencoder(5, 3), "used through a map"), (Coder(), "uses it elsewhere"), (pruned, "uses it elsewhere"), (Bare(), "layers|linear layers"),
                          (nn.Bilinear(5, 5, 2), "linear layers"), (nn.Embedding(9, 3), "multiplies with inputs")):
         before = [p.clone() for p in model.parameters()]
         with pytest.raises(ValueError, match=words): layerwise_(model, torch.arange(9) if isinstance(model, nn.Embedding) else x, .5)
@@ -479,7 +450,7 @@ def test_inputs_by_name():
 
 def test_a_scaled_table_errs_by_its_scale():
     torch.manual_seed(0)
-    words, x = Words(), torch.randint(12, (20, 5))
+    words, x = Speaker(words=12, width=4), torch.randint(12, (20, 5))
     words.table = ScaledEmbedding(12, 4)
     words.head.weight = words.table.weight
     before, hidden = words.table.weight.detach().clone(), torch.tanh(words.body(words.table(x))).detach()

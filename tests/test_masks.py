@@ -3,6 +3,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -13,50 +14,18 @@ from torch import nn
 from sharetie.binding import keep_ties
 from sharetie.checking import check_ties
 from sharetie.finding import find_ties
-from sharetie.making import tie_
 from sharetie.masks import (Gradual, Mask, edges, gradual_sparsity, magnitude, make_permanent_, mask_, masks_of, prune_, random_scores, sparsity_of,
                             thresholds)
 from sharetie.saving import load_model, save_model
 from sharetie.train import fit
-from sharetie.views import Transpose
-
-
-class Words(nn.Module):
-    "A language model with one table."
-    def __init__(self):
-        super().__init__()
-        self.table, self.body, self.head = nn.Embedding(12, 4), nn.Linear(4, 4), nn.Linear(4, 12, bias=False)
-        tie_(self, ["table.weight", "head.weight"])
-
-    def forward(self, x): return self.head(torch.tanh(self.body(self.table(x))))
-
-
-class Twice(nn.Module):
-    "Two convolutions on one Parameter, which nobody declared."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)
-        self.b.weight = self.a.weight
-
-    def forward(self, x): return self.b(torch.relu(self.a(x)))
-
-
-def reused():
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(layer, nn.Tanh(), layer)
-
-
-def autoencoder():
-    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5))
-    tie_(model, ["0.weight", "2.weight"], map=Transpose())
-    return model
+from tied import Convs, Speaker, autoencoder, reused
 
 
 def plain(): return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-MODELS = {"words": (Words, lambda: torch.randint(12, (3, 5))), "twice": (Twice, lambda: torch.rand(2, 2, 4, 4)), "reused": (reused, lambda: torch.rand(3, 4)),
-          "autoencoder": (autoencoder, lambda: torch.rand(3, 5)), "plain": (plain, lambda: torch.rand(3, 6))}
+MODELS = {"words": (partial(Speaker, words=12, width=4), lambda: torch.randint(12, (3, 5))), "twice": (Convs, lambda: torch.rand(2, 2, 4, 4)), "reused": (reused, lambda: torch.rand(3, 4)),
+          "autoencoder": (partial(autoencoder, 5, 3), lambda: torch.rand(3, 5)), "plain": (plain, lambda: torch.rand(3, 6))}
 OPTIMIZERS = {"momentum": lambda p: torch.optim.SGD(p, .1, momentum=.9, weight_decay=.1), "nesterov": lambda p: torch.optim.SGD(p, .1, momentum=.9, nesterov=True),
               "adam": lambda p: torch.optim.Adam(p, .1), "adamw": lambda p: torch.optim.AdamW(p, .1), "rmsprop": lambda p: torch.optim.RMSprop(p, .01, momentum=.5)}
 
@@ -159,7 +128,7 @@ def test_what_is_nan_and_masked_is_zero():
 # Ties
 
 def test_one_parameter_is_scored_counted_and_masked_once():
-    model = Words()
+    model = Speaker(words=12, width=4)
     assert list(magnitude(model)) == ["table.weight", "body.weight"] and list(edges(model, "head.weight")) == ["table.weight"]
     prune_(model, {"head.weight": magnitude(model)["table.weight"]}, .25)
     assert (model.table.weight == 0).sum() == (model.head.weight == 0).sum() == 12 and model.table.weight.shape == (12, 4)
@@ -172,7 +141,7 @@ def test_one_parameter_is_scored_counted_and_masked_once():
 
 
 def test_a_mapped_member_sees_the_pruned_source():
-    model = autoencoder()
+    model = autoencoder(5, 3)
     prune_(model, magnitude(model), .5)
     torch.testing.assert_close(model[2].weight, model[0].weight.T)
     assert (model[2].weight == 0).sum() == round(.5 * 15)
@@ -221,7 +190,7 @@ def test_files_hold_each_number_once(model_and_input, tmp_path):
 
 
 def test_casts_moves_and_kept_ties():
-    model = Words()
+    model = Speaker(words=12, width=4)
     keep_ties(model)
     prune_(model, magnitude(model), .5)
     x = torch.randint(12, (2, 3))

@@ -1,6 +1,7 @@
 "Optimal Brain Surgeon: inverses, exactness on quadratics, tied models, masks, stopping, bad input that changes nothing."
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,47 +10,15 @@ from torch import nn
 
 from sharetie.checking import check_ties
 from sharetie.criteria import curvature_rows
-from sharetie.making import tie_
 from sharetie.masks import edges, magnitude, masks_of, prune_, sparsity_of
 from sharetie.surgeon import inverse_hessian, surgeon_
-from sharetie.views import Transpose
+from tied import Convs, Speaker, autoencoder, reused
 
 
-class Words(nn.Module):
-    "A language model with one table, of the last word alone."
-    def __init__(self):
-        super().__init__()
-        self.table, self.body, self.head = nn.Embedding(6, 3), nn.Linear(3, 3), nn.Linear(3, 6, bias=False)
-        tie_(self, ["table.weight", "head.weight"])
-
-    def forward(self, x): return self.head(torch.tanh(self.body(self.table(x))))
-
-
-class Twice(nn.Module):
-    "Two convolutions on one Parameter."
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 2, 2), nn.Conv2d(2, 2, 2)
-        self.b.weight = self.a.weight
-
-    def forward(self, x): return self.b(torch.relu(self.a(x))).flatten(1)
-
-
-def reused():
-    layer = nn.Linear(4, 4)
-    return nn.Sequential(layer, nn.Tanh(), layer)
-
-
-def autoencoder():
-    model = nn.Sequential(nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 5))
-    tie_(model, ["0.weight", "2.weight"], map=Transpose())
-    return model
-
-
-TIED = {"words": (Words, lambda: (torch.randint(6, (9,)), torch.randint(6, (9,))), F.cross_entropy),
-        "twice": (Twice, lambda: (torch.rand(9, 2, 4, 4), torch.rand(9, 8)), F.mse_loss),
+TIED = {"words": (partial(Speaker, words=6, width=3), lambda: (torch.randint(6, (9,)), torch.randint(6, (9,))), F.cross_entropy),
+        "twice": (Convs, lambda: (torch.rand(9, 2, 4, 4), torch.rand(9, 2, 4, 4)), F.mse_loss),
         "reused": (reused, lambda: (torch.rand(9, 4), torch.rand(9, 4)), F.mse_loss),
-        "autoencoder": (autoencoder, lambda: (torch.rand(9, 5), torch.rand(9, 5)), F.mse_loss)}
+        "autoencoder": (partial(autoencoder, 5, 3), lambda: (torch.rand(9, 5), torch.rand(9, 5)), F.mse_loss)}
 
 
 @pytest.fixture(params=TIED)

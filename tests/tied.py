@@ -50,9 +50,9 @@ TIED = [(Words, torch.arange(4)), (Reused, torch.randn(3, 5)), (Convs, torch.ran
 
 class Speaker(nn.Module):
     "A table that is embedding and output layer, with a layer between."
-    def __init__(self, kind=nn.Embedding, declared=True):
+    def __init__(self, kind=nn.Embedding, declared=True, words=20, width=8):
         super().__init__()
-        self.table, self.body, self.head = kind(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.table, self.body, self.head = kind(words, width), nn.Linear(width, width), nn.Linear(width, words, bias=False)
         if declared: tie_(self, ["table.weight", "head.weight"])
         else: self.head.weight = self.table.weight
     def forward(self, x): return self.head(self.body(self.table(x)).tanh())
@@ -67,9 +67,15 @@ class Strided(nn.Module):
     def forward(self, x): return self.b(self.a(x).relu())
 
 
-def autoencoder():
+def reused(width=4):
+    "A stack with one layer at two places."
+    layer = nn.Linear(width, width)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def autoencoder(width=6, code=4):
     "A decoder whose layer is declared to be the encoder's transpose."
-    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 6))
+    model = nn.Sequential(nn.Linear(width, code), nn.Tanh(), nn.Linear(code, width))
     tie_(model, ["0.weight", "2.weight"], map=Transpose())
     return model
 
