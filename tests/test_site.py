@@ -80,7 +80,7 @@ def test_all_links_and_anchors_lead_somewhere(site, request):
         for file in page.loads: assert file.startswith("data:") or (site / file).is_file(), f"{name}: {file}"
 
 
-@pytest.mark.parametrize("site", ["toy_site", "real_site"])
+@pytest.mark.parametrize("site", ["toy_site", pytest.param("real_site", marks=pytest.mark.long)])
 def test_every_page_opens_and_fits(site, request, open_page):
     page = None  # one for all, for a page of its own for each would take three times as long
     for path in sorted(request.getfixturevalue(site).glob("*.html")):
