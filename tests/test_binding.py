@@ -44,7 +44,7 @@ def fresh(state): return {name: value.clone() for name, value in state.items()}
 
 def held(model):
     "All that a model holds, by name: which tensor and of which value; its classes; what is declared."
-    tensors = {n: (id(p.tensor), None if p.tensor.is_meta else p.tensor.tolist()) for n, p in places(model).items()}
+    tensors = {n: (id(p.tensor), None if p.tensor.is_meta else repr(p.tensor.tolist())) for n, p in places(model).items()}  # as text, for NaN equals NaN there
     return tensors, [(n, id(m), type(m)) for n, m in model.named_modules()], [d.names for d in declared_ties(model)]
 
 
