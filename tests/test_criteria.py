@@ -1,7 +1,6 @@
 "Scores of single weights and rewinding: against Jacobians multiplied by hand, finite differences and brute force; tied models, masks, bad input."
 import copy
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -11,13 +10,10 @@ from torch import nn
 from sharetie.checking import check_ties
 from sharetie.criteria import curvature_rows, obd, remember, rewind_, taylor
 from sharetie.masks import edges, magnitude, mask_, masks_of, prune_
-from tied import Convs, Speaker, autoencoder, reused
+from tied import Convs, Speaker, tasks
 
 
-TIED = {"words": (partial(Speaker, words=7, width=4), lambda: (torch.randint(7, (6,)), torch.randint(7, (6,))), F.cross_entropy),
-        "twice": (Convs, lambda: (torch.rand(3, 2, 4, 4), torch.rand(3, 2, 4, 4)), F.mse_loss),
-        "reused": (reused, lambda: (torch.rand(5, 4), torch.rand(5, 4)), F.mse_loss),
-        "autoencoder": (partial(autoencoder, 5, 3), lambda: (torch.rand(5, 5), torch.rand(5, 5)), F.mse_loss)}
+TIED = tasks(6)
 
 
 @pytest.fixture(params=TIED)

@@ -15,7 +15,7 @@ from sharetie.results import set_seed
 from sharetie.shrinking import remove_units_
 from sharetie.ties import Transpose, find_ties, load_model, save_model, tie_
 from sharetie.tracing import trace_units
-from tied import TIED, TIED_LAYERS
+from tied import TIED, TIED_LAYERS, functional
 
 
 def mlp(act=nn.ReLU): return nn.Sequential(nn.Linear(4, 6), act(), nn.Linear(6, 5), act(), nn.Linear(5, 3)).double()
@@ -260,16 +260,6 @@ def test_bad_input(call, error, message):
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
 
 
-def functional(f, **layers):
-    "A module whose forward is a function of itself and the input."
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, layer in layers.items(): setattr(self, name, layer)
-        def forward(self, x): return f(self, x)
-    return Functional().double()
-
-
 def copied(*tensors, of=0, to=1):
     "Let one index be another's copy."
     with torch.no_grad():
@@ -292,7 +282,7 @@ def test_copies_read_by_a_transposed_convolution():
 def gated():
     "Each unit of a gate of two halves has two rows; the second unit is a copy of the first."
     set_seed(0)
-    model = functional(lambda m, x: m.b(F.glu(m.a(x))), a=nn.Linear(3, 8), b=nn.Linear(4, 2))
+    model = functional(lambda m, x: m.b(F.glu(m.a(x))), a=nn.Linear(3, 8), b=nn.Linear(4, 2)).double()
     for i in (0, 4): copied(model.a.weight, model.a.bias, of=i, to=i + 1)
     return model, torch.randn(20, 3).double()
 
@@ -316,7 +306,7 @@ def test_half_of_the_units_with_two_rows(generator):
 
 def test_readers_hear_all_of_their_calls():
     set_seed(0)
-    model = functional(lambda m, x: m.b(m.a(x).tanh()) - m.b(m.a(3 * x).tanh()), a=nn.Linear(3, 6), b=nn.Linear(6, 2))
+    model = functional(lambda m, x: m.b(m.a(x).tanh()) - m.b(m.a(3 * x).tanh()), a=nn.Linear(3, 6), b=nn.Linear(6, 2)).double()
     x = torch.randn(30, 3).double()
     v, w = torch.cat([model.a(x).tanh(), model.a(3 * x).tanh()]).detach(), model.b.weight.detach().clone()
     b = torch.linalg.lstsq(v[:, 2:], v[:, :2]).solution
@@ -328,7 +318,7 @@ def test_channels_and_units_side_by_side():
     "A head reads each channel at sixteen places and each unit at one."
     set_seed(0)
     model = functional(lambda m, x: m.c(torch.cat([m.a(x).tanh().flatten(1), m.b(x.flatten(1)).tanh()], 1)),
-                       a=nn.Conv2d(1, 3, 1), b=nn.Linear(16, 5), c=nn.Linear(3 * 16 + 5, 2))
+                       a=nn.Conv2d(1, 3, 1), b=nn.Linear(16, 5), c=nn.Linear(3 * 16 + 5, 2)).double()
     x = torch.randn(40, 1, 4, 4).double()
     for layer in (model.a, model.b): copied(layer.weight, layer.bias)
     expected, other = model(x), copy.deepcopy(model)
@@ -345,7 +335,7 @@ def test_channels_and_units_side_by_side():
 
 def test_units_read_here_and_there():
     "Each half of a layer by a layer of its own: no unit can speak for one of the other half."
-    model = functional(lambda m, x: m.b(m.a(x).tanh().chunk(2, 1)[0]) + m.c(m.a(x).tanh().chunk(2, 1)[1]), a=nn.Linear(4, 6), b=nn.Linear(3, 2), c=nn.Linear(3, 2))
+    model = functional(lambda m, x: m.b(m.a(x).tanh().chunk(2, 1)[0]) + m.c(m.a(x).tanh().chunk(2, 1)[1]), a=nn.Linear(4, 6), b=nn.Linear(3, 2), c=nn.Linear(3, 2)).double()
     x = torch.randn(9, 4).double()
     state = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="layer: one whose readers read all of its units alike"): merge_similar_(model, "a", 1, x)
@@ -357,7 +347,7 @@ def test_units_read_here_and_there():
 
 def test_a_residual_layer_reads_what_it_makes():
     set_seed(0)
-    model = functional(lambda m, x: m.c((h := m.a(x).tanh()) + m.b(h).tanh()), a=nn.Linear(3, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 2))
+    model = functional(lambda m, x: m.c((h := m.a(x).tanh()) + m.b(h).tanh()), a=nn.Linear(3, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 2)).double()
     x = torch.randn(30, 3).double()
     for layer in (model.a, model.b): copied(layer.weight, layer.bias)
     expected, other = model(x), copy.deepcopy(model)

@@ -1,7 +1,6 @@
 "Optimal Brain Surgeon: inverses, exactness on quadratics, tied models, masks, stopping, bad input that changes nothing."
 import copy
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -12,13 +11,10 @@ from sharetie.checking import check_ties
 from sharetie.criteria import curvature_rows
 from sharetie.masks import edges, magnitude, masks_of, prune_, sparsity_of
 from sharetie.surgeon import inverse_hessian, surgeon_
-from tied import Convs, Speaker, autoencoder, reused
+from tied import reused, tasks
 
 
-TIED = {"words": (partial(Speaker, words=6, width=3), lambda: (torch.randint(6, (9,)), torch.randint(6, (9,))), F.cross_entropy),
-        "twice": (Convs, lambda: (torch.rand(9, 2, 4, 4), torch.rand(9, 2, 4, 4)), F.mse_loss),
-        "reused": (reused, lambda: (torch.rand(9, 4), torch.rand(9, 4)), F.mse_loss),
-        "autoencoder": (partial(autoencoder, 5, 3), lambda: (torch.rand(9, 5), torch.rand(9, 5)), F.mse_loss)}
+TIED = tasks(9)
 
 
 @pytest.fixture(params=TIED)

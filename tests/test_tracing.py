@@ -9,6 +9,7 @@ from torch.nn.utils import prune
 from sharetie.ties import Transpose, tie_
 from sharetie.masks import magnitude, prune_
 from sharetie.tracing import Numbers, trace_units
+from tied import functional
 
 
 def same(graph, *names): return len({tuple(graph.layers[name].tolist()) for name in names}) == 1
@@ -18,16 +19,6 @@ def count(graph, name): return len(set(graph.layers[name].tolist()))
 
 
 def held(graph, name): return all(u in graph.fixed for u in graph.layers[name])
-
-
-def functional(f, **layers):
-    "A module whose forward is a function of itself and the input."
-    class Functional(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, layer in layers.items(): setattr(self, name, layer)
-        def forward(self, x): return f(self, x)
-    return Functional()
 
 
 def test_unions_are_transitive_and_reasons_stay():

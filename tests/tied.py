@@ -85,3 +85,21 @@ TIED_LAYERS = {  # a function that makes the model, an input, and how many weigh
     "undeclared": (lambda: Speaker(declared=False), torch.arange(4), 2), "reused": (lambda: Reused(6), torch.randn(3, 6), 1),
     "convs": (Strided, torch.randn(1, 6, 5, 5), 1), "coder": (lambda: Coder(6, 4), torch.randn(2, 6), 1),
     "autoencoder": (autoencoder, torch.randn(2, 6), 1)}
+
+
+def tasks(n):
+    "Tied models with data of `n` examples and a loss, {name: (make, data, loss)}."
+    ids, maps = (lambda: torch.randint(6, (n,))), (lambda: torch.rand(n, 2, 4, 4))
+    return {"words": (lambda: Speaker(words=6, width=3), lambda: (ids(), ids()), F.cross_entropy), "twice": (Convs, lambda: (maps(), maps()), F.mse_loss),
+            "reused": (reused, lambda: (torch.rand(n, 4), torch.rand(n, 4)), F.mse_loss),
+            "autoencoder": (lambda: autoencoder(5, 3), lambda: (torch.rand(n, 5), torch.rand(n, 5)), F.mse_loss)}
+
+
+def functional(f, **layers):
+    "A module whose forward is a function of itself and the input."
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, layer in layers.items(): setattr(self, name, layer)
+        def forward(self, x): return f(self, x)
+    return Functional()
