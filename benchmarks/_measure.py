@@ -18,8 +18,8 @@ def synchronize(device):
     if device.type == "cuda": torch.cuda.synchronize(device)
 
 
-def medians(candidates, device=torch.device("cpu"), runs=20, warmup=3):
-    "Median seconds of each of `candidates`, {name: function}, run in turn `runs` times after warm-up."
+def samples(candidates, device=torch.device("cpu"), runs=20, warmup=3):
+    "Seconds of each run of `candidates`, {name: function}, run in turn `runs` times after warm-up."
     times = {name: [] for name in candidates}
     for i in range(warmup + runs):
         for name, function in candidates.items():
@@ -28,7 +28,12 @@ def medians(candidates, device=torch.device("cpu"), runs=20, warmup=3):
             function()
             synchronize(device)
             if i >= warmup: times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
+
+
+def medians(candidates, device=torch.device("cpu"), runs=20, warmup=3):
+    "Median seconds of each of `candidates`, as `samples` takes them."
+    return {name: statistics.median(t) for name, t in samples(candidates, device, runs, warmup).items()}
 
 
 def copy(elements, device=torch.device("cpu"), dtype=torch.float32):

@@ -4,10 +4,12 @@ Forward, and forward with backward, of one layer with gated experts, one thread 
 weights, and give the same output, which is checked first. The dense layer has the width that a token uses, so it is
 the limit: what is above 1 goes to the router, to sorting and gathering rows, and to products of fewer rows each.
 """
+import statistics
+
 import torch
 from torch import nn
 
-from _measure import keep, machine, medians
+from _measure import keep, machine, samples
 from sharetie.moe import FeedForward, MoE
 
 try: from transformers.models.mixtral import MixtralConfig, modeling_mixtral as mixtral
@@ -17,10 +19,16 @@ LIMITS = {"float32": 1.25, "bfloat16": 1.6}  # at the first size, by the dense l
 SIZES = [{"tokens": 2048, "experts": 8, "top_k": 2, "dim": 256, "hidden": 512},
          {"tokens": 2048, "experts": 64, "top_k": 8, "dim": 256, "hidden": 128},
          {"tokens": 8192, "experts": 8, "top_k": 2, "dim": 256, "hidden": 512},
+         {"tokens": 16384, "experts": 64, "top_k": 1, "dim": 256, "hidden": 512},
+         {"tokens": 65536, "experts": 8, "top_k": 1, "dim": 128, "hidden": 256},
+         {"tokens": 65536, "experts": 128, "top_k": 8, "dim": 128, "hidden": 64},
          {"tokens": 64, "experts": 8, "top_k": 2, "dim": 256, "hidden": 512}]
 PEERS = {"transformers, eager": "eager", "transformers, grouped_mm": "grouped_mm", "transformers, batched_mm": "batched_mm"}
 LARGE = 256  # tokens above which batched_mm is left out: it copies both matrices for each slot
-LONG = 4096  # tokens above which only single precision is timed
+RUNS = {2048: 10, 8192: 6, 65536: 4}  # up to so many tokens
+PARTS = {"products": ["mm", "addmm", "bmm", "_grouped_mm"], "rows gathered and summed": ["index_select", "embedding_bag", "index", "gather"],
+         "activation": ["silu", "silu_backward", "mul", "mul_", "sum"],
+         "router, sorting": ["_softmax", "_softmax_backward_data", "topk", "sort", "searchsorted", "scatter", "div"]}
 
 
 class Loop(nn.Module):
@@ -90,20 +98,45 @@ def step(layer, x, back):
     return both
 
 
+def parts(function, runs=10):
+    "Milliseconds of one run by kind of operation, from the profiler."
+    function()
+    with torch.profiler.profile() as profile:
+        for _ in range(runs): function()
+    own = {e.key.removeprefix("aten::"): e.self_cpu_time_total / 1e3 / runs for e in profile.key_averages()}
+    found = {part: sum(own.pop(name, 0) for name in names) for part, names in PARTS.items()}
+    return found | {"rest": sum(own.values())}
+
+
+def where(size):
+    "What each kind of operation takes in our layer and in the dense one, as shares of all that the dense one takes."
+    layers, x = candidates(size, torch.float32, torch.device("cpu"))
+    x.requires_grad_()
+    for name, back in (("forward", False), ("forward and backward", True)):
+        times = {key: parts(step(layers[key], x, back)) for key in ("ours", "dense")}
+        total = sum(times["dense"].values())
+        for key in times: yield {"": key, "pass": name, **size, **{part: t / total for part, t in times[key].items()}}
+
+
 def main(device):
     if device.type == "cpu": torch.set_num_threads(1)
     rows = []
     for size in SIZES:
-        for dtype in (torch.float32, torch.bfloat16)[:2 if size["tokens"] <= LONG or device.type == "cuda" else 1]:
+        runs = next(n for tokens, n in RUNS.items() if size["tokens"] <= tokens)
+        for dtype in (torch.float32, torch.bfloat16):
             layers, x = candidates(size, dtype, device)
             x.requires_grad_()
             for name, back in (("forward", False), ("forward and backward", True)):
-                times = medians({key: step(layer, x, back) for key, layer in layers.items()}, device, runs=20)
-                best = min(t for key, t in times.items() if key not in ("ours", "dense"))
+                seconds = samples({key: step(layer, x, back) for key, layer in layers.items()}, device, runs, warmup=1)
+                times = {key: statistics.median(t) for key, t in seconds.items()}
+                best = min(times.keys() - {"ours", "dense"}, key=times.get)
+                low, _, high = statistics.quantiles([a / b for a, b in zip(seconds["ours"], seconds[best])])
                 rows.append({"": name, "dtype": str(dtype).removeprefix("torch."), **size, "ours, ms": 1e3 * times["ours"],
-                             "ours / dense": times["ours"] / times["dense"], "ours / best peer": times["ours"] / best,
+                             "ours / dense": times["ours"] / times["dense"], "ours / best peer": times["ours"] / times[best], "quartiles": [low, high],
                              **{f"{key} / dense": t / times["dense"] for key, t in times.items() if key not in ("ours", "dense")}})
-    keep(f"moe_{device.type}", rows, runs=20, absent="" if mixtral else "transformers", limits=LIMITS, machine=machine(device))
+        print(f"{size}: done", flush=True)
+    keep(f"moe_{device.type}", rows, runs=RUNS, absent="" if mixtral else "transformers", limits=LIMITS, machine=machine(device))
+    if device.type == "cpu": keep("moe_parts_cpu", [row for size in (*SIZES[:2], SIZES[-1]) for row in where(size)], runs=10, machine=machine(device))
 
 
 if __name__ == "__main__":

@@ -231,16 +231,24 @@ def _grouped(x, weight, plan, w_in, b_in, w_out, b_out, expert):
     "The mixture by two grouped products."
     ends = plan.ends.int()
     at = torch.arange(len(plan.token), device=x.device)
-    inside = (at < plan.ends[-1])[:, None]  # products leave other rows unwritten, backward too
-    which = torch.searchsorted(plan.ends, at, right=True).clamp(max=len(w_in) - 1)
-    rows = torch.where(inside, _Gather.apply(x, plan.token, plan.row, plan.first), 0)
+    which = torch.searchsorted(plan.ends, at, right=True).clamp(max=len(w_in) - 1) if b_in is not None else None
+    full = _is_full(plan)
+    def inside(rows):  # products leave other rows unwritten, backward too
+        return rows if full else torch.where((at < plan.ends[-1])[:, None], rows, 0)
+    rows = inside(_Gather.apply(x, plan.token, plan.row, plan.first))
     h = F.grouped_mm(rows, w_in.mT, offs=ends)
     if b_in is not None: h = h + b_in[which]
-    out = F.grouped_mm(_activate(torch.where(inside, h, 0), expert), w_out, offs=ends)
+    out = F.grouped_mm(_activate(inside(h), expert), w_out, offs=ends)
     if b_out is not None: out = out + b_out[which]
-    return _Combine.apply(torch.where(inside, out, 0), weight, *plan[1:])
+    return _Combine.apply(inside(out), weight, *plan[1:])
 
 
+def _is_full(plan):
+    "Does each row go to an expert? Looked at where it is no wait for a GPU."
+    at_hand = type(plan.ends) is Tensor and plan.ends.device.type == "cpu" and not torch.compiler.is_compiling()
+    return at_hand and int(plan.ends[-1]) == len(plan.token)
+
+# %% ../nbs/30_experts.ipynb #4b7214a1
 def _can_group(x, w_in, w_out):
     "Does the grouped product take these tensors?"
     sizes = (x.shape[1], w_in.shape[1], w_out.shape[1], w_out.shape[2])

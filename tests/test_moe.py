@@ -61,7 +61,7 @@ def gradients(f, x, layer):
     layer.zero_grad(set_to_none=True)
     torch.manual_seed(3)
     y = f(x)
-    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)).sum().backward()
+    (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).sum().backward()
     return y.detach(), [x.grad, *(p.grad for p in layer.parameters())]
 
 
@@ -807,3 +807,25 @@ with torch.no_grad(): layer(torch.randn(32, 16))
 assert len(called) == 3, called
 """)
     subprocess.run([sys.executable, script], check=True, capture_output=True)
+
+
+# On a GPU
+
+@pytest.mark.gpu
+@executions
+@pytest.mark.parametrize("router", ["topk", "balanced", "expert choice"])
+def test_gpu_equals_cpu(router, execution):
+    here = make(router=router, execution=execution).eval()
+    there, mask = copy.deepcopy(here).cuda(), torch.arange(50) % 7 > 0
+    y, grads = gradients(lambda x: here(x, mask), tokens(), here)
+    z, others = gradients(lambda x: there(x, mask.cuda()).cpu(), tokens().cuda(), there)
+    assert torch.allclose(y, z, atol=1e-5) and same(grads, [None if g is None else g.cpu() for g in others], atol=1e-4)
+
+
+@pytest.mark.gpu
+@executions
+def test_gpu_gives_the_same_bits_twice_and_compiles(execution):
+    layer, x = make(execution=execution, dtype=torch.bfloat16).cuda(), tokens(dtype=torch.bfloat16).cuda()
+    once, again, compiled = (gradients(f, x, layer) for f in (layer, layer, torch.compile(layer, fullgraph=True)))
+    for other, equal in ((again, torch.equal), (compiled, lambda a, b: torch.allclose(a, b, atol=2e-2, rtol=2e-2))):
+        assert equal(once[0], other[0]) and all(map(equal, *([g for g in grads if g is not None] for grads in (once[1], other[1]))))
