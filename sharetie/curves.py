@@ -41,7 +41,7 @@ class _Residuals:
     def slopes(self, θ, n=None):
         "Values (n,) at the first n points, and their slopes in each constant, (n, q)."
         constants = torch.from_numpy(θ)[self.columns[:n]].requires_grad_()
-        values = self.curve(self.t[:n], **dict(zip(self.names, constants.unbind(1))))
+        values = self.curve(self.t[:n].clone(), **dict(zip(self.names, constants.unbind(1))))
         slopes, = torch.autograd.grad(values.sum(), constants)
         return values.detach(), slopes
 
@@ -115,7 +115,7 @@ def _numbers(value, argument):
     "Real numbers as a tensor on the CPU; raise TypeError for anything else."
     try: found = torch.as_tensor(value).detach().cpu()
     except (TypeError, ValueError, RuntimeError): found = torch.tensor(True)
-    fine = not (found.dtype == torch.bool or found.is_complex())
+    fine = found.layout == torch.strided and not (found.dtype == torch.bool or found.is_complex())
     need(fine, argument, "a number, or a tensor or list of numbers,", value, TypeError)
     return found
 

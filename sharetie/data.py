@@ -148,10 +148,10 @@ class Tagged(Dataset):
     tags: tuple = ()  # for each column of y, the tag of each number
 
 
-def _names(argument, value):
-    "A tuple or list, as it came."
-    need(isinstance(value, (tuple, list)), argument, "a tuple", value, TypeError)
-    return value
+def _check_names(argument, value):
+    "Raise unless `value` is a tuple or list of text."
+    fine = isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
+    need(fine, argument, "a tuple of text", value, TypeError)
 
 
 def encode(
@@ -163,7 +163,9 @@ def encode(
 
     Raises ValueError for a tag that is not in `tags`, TypeError for arguments of another kind."""
     need(isinstance(sentences, Sentences), "sentences", "`Sentences`", type(sentences), TypeError)
-    for k, names in enumerate([words, *_names("tags", tags)]): _names(f"tags[{k - 1}]" if k else "words", names)
+    _check_names("words", words)
+    need(isinstance(tags, (tuple, list)), "tags", "a tuple", tags, TypeError)
+    for k, names in enumerate(tags): _check_names(f"tags[{k}]", names)
     length = torch.tensor([len(row) for row in sentences.rows])
     here = torch.arange(int(length.max()) if len(length) else 0) < length[:, None]
     number = {word: i for i, word in enumerate(words)}

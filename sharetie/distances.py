@@ -9,6 +9,7 @@ __all__ = ['DISTANCES', 'pair_distances', 'can_add_slopes', 'add_slopes_', 'shri
 from collections.abc import Sequence
 from functools import cache, partial
 from numbers import Real
+from sys import float_info
 
 import torch
 import torch.nn.functional as F
@@ -145,8 +146,8 @@ def pair_distances(
     """The distance of every pair of tensors, differentiable.
 
     Raises ValueError for an unknown distance, and for lists, shapes or devices that do not match, TypeError
-    for anything but lists of tensors, for integers and for mixed types."""
-    _check_pairs(x, y, distance, delta)
+    for anything but lists of dense tensors, for integers and for mixed types."""
+    _check_pairs(x, y, distance, delta), _check_dense(x, y)
     if distance == "cosine":
         return torch.stack([_cosine(a, b) for a, b in zip(_accurate(x), _accurate(y))])
     if distance != "group": return _pair_sums(distance, delta, x, y)
@@ -160,10 +161,15 @@ def _cosine(a, b):
     lengths = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     return torch.where(lengths != 0, 1 - (a * b).sum() / torch.where(lengths != 0, lengths, 1), 0)
 
+# %% ../nbs/04_distances.ipynb #0b390733
+def _check_distance(distance):
+    "Raise for anything but the name of a distance."
+    need(isinstance(distance, str) and distance in DISTANCES, "distance", f"one of {DISTANCES}", distance)
+
 
 def _check_pairs(x, y, distance, delta):
     "Raise at what `pair_distances` cannot compare."
-    need(isinstance(distance, str) and distance in DISTANCES, "distance", f"one of {DISTANCES}", distance)
+    _check_distance(distance)
     if not torch.compiler.is_compiling(): real(delta, "delta", above=0)
     _check_lists(x, y)
     if len(x) != len(y) or len(x) == 0:
@@ -175,6 +181,13 @@ def _check_pairs(x, y, distance, delta):
             raise ValueError(f"x[{i}] is on {a.device}, y[{i}] on {b.device}; {x[0].device} is expected, as of x[0]")
         if not a.is_floating_point() or a.dtype != b.dtype:
             raise TypeError(f"x[{i}] is {a.dtype}, y[{i}] is {b.dtype}; one floating point type is expected")
+
+
+def _check_dense(x, y):
+    "Raise at a pair that is not dense."
+    for i, (a, b) in enumerate(zip(x, y)):
+        if not a.layout == b.layout == torch.strided:
+            raise TypeError(f"x[{i}] is {a.layout}, y[{i}] is {b.layout}; dense tensors are expected")
 
 
 def _check_lists(x, y):
@@ -257,8 +270,10 @@ def can_add_slopes(
     y: Sequence[Tensor],  # the same
     distance: str,  # one of `DISTANCES`
 ) -> bool:
-    "Can `add_slopes_` walk these pairs: dense contiguous tensors, a distance that is a sum over elements?"
-    _check_lists(x, y)
+    """Can `add_slopes_` walk these pairs: dense contiguous tensors, a distance that is a sum over elements?
+
+    Raises ValueError for an unknown distance, TypeError for anything but lists of tensors."""
+    _check_distance(distance), _check_lists(x, y)
     grads = [t.grad for t in (*x, *y) if t.requires_grad and t.grad is not None]
     return distance in DISTANCES[:3] and all(map(_is_plain, (*x, *y, *grads)))
 
@@ -277,8 +292,9 @@ def add_slopes_(
     Raises as `pair_distances` does, and ValueError where `can_add_slopes` is false."""
     _check_pairs(x, y, distance, delta)
     need(isinstance(factors, (list, tuple)), "factors", "a list of numbers", factors, TypeError)
-    fine = len(factors) == len(x) and all(isinstance(f, Real) and abs(f) < float("inf") for f in factors)
+    fine = len(factors) == len(x) and all(isinstance(f, Real) and abs(f) <= float_info.max for f in factors)
     if not fine: raise ValueError(f"factors: {len(x)} finite numbers are expected, got {list(factors)}")
+    need(isinstance(compiled, bool), "compiled", "True or False", compiled, TypeError)
     if not all(t.is_leaf for t in (*x, *y)): raise ValueError("x, y: leaves of the graph are expected")
     if not can_add_slopes(x, y, distance):
         raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous dense tensors")
@@ -295,10 +311,12 @@ def shrink(
 ) -> Tensor:  # the shape of `d`
     """The difference that minimizes ½|d' - d|² + t·distance(d') (Parikh and Boyd 2014, equation 1.1).
 
-    Raises ValueError for a distance without a closed form, and for `t` negative or not finite."""
+    Raises ValueError for a distance without a closed form, and for `t` negative or not finite, TypeError for
+    anything but a dense floating point tensor and numbers."""
     if not (isinstance(distance, str) and distance in DISTANCES[:4]):
         raise ValueError(f"distance: one of {DISTANCES[:4]} has a closed form, got {distance!r}")
     tensor(d, "d", floating=True), real(t, "t", 0), real(delta, "delta", above=0)
+    need(d.layout == torch.strided, "d", "a dense tensor", d.layout, TypeError)
     if distance == "l1": return d.sign() * (d.abs() - t).clamp(min=0)
     if distance == "huber":
         return torch.where(d.abs() <= delta * (1 + t), d / (1 + t), d - t * delta * d.sign())

@@ -161,6 +161,7 @@ def tensor(
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
         need(fine, argument, f"a tensor of shape ({wanted})", size)
     if filled: need(value.numel() > 0, argument, "a tensor with at least one element", size)
+    if finite: need(value.layout == torch.strided, argument, "a dense tensor", value.layout, TypeError)
     if finite and not value.is_meta and (bad := int((~value.isfinite()).sum())):
         raise ValueError(f"{argument}: finite numbers are expected, got {bad} of {value.numel()} "
                          "that are NaN or infinite")

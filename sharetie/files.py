@@ -13,8 +13,9 @@ import io
 import os
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,8 @@ def read_csv(
 ) -> pd.DataFrame:  # one row per line
     """Read a CSV file whose columns are known.
 
-    Raises ValueError, with the line, for a wrong number of columns, a word that is not allowed, or no number."""
+    Raises TypeError for columns of another form, and ValueError, with the line, for a wrong number of columns, a word
+    that is not allowed, or no number."""
     _check_columns(columns, comment)
     reader, rows, lines = csv.reader(io.StringIO(_text(path)), skipinitialspace=True, strict=True), [], []
     try:
@@ -107,12 +109,13 @@ def read_csv(
         frame[name] = values
     return frame
 
-
+# %% ../nbs/00_files.ipynb #cfd7b805
 def _check_columns(columns, comment):
     "Raise where `columns` is not a dictionary of `float` and words, or `comment` no text."
     fine = isinstance(columns, Mapping) and columns
     need(fine, "columns", "a dictionary of float or words by column", columns, TypeError)
     for name, kind in columns.items():
+        need(isinstance(name, str), "columns", "text for every name", name, TypeError)
         fine = kind is float or isinstance(kind, (tuple, list)) and kind and all(isinstance(w, str) for w in kind)
         need(fine, f"columns[{name!r}]", "float or a tuple of words", kind, TypeError)
     need(isinstance(comment, str), "comment", "text", comment, TypeError)
@@ -120,15 +123,23 @@ def _check_columns(columns, comment):
 # %% ../nbs/00_files.ipynb #edba1c1e
 @dataclass(frozen=True)
 class Sentences:
-    "A sequence of sentences; a sentence is a tuple of tokens, a token a tuple such as (word, pos, chunk)."
+    "A sequence of sentences; a sentence is a tuple of tokens, a token a tuple such as (word, pos, chunk); else TypeError."
     rows: tuple  # the sentences
 
     def __post_init__(self):
         fine = isinstance(self.rows, tuple) and all(isinstance(row, tuple) for row in self.rows)
         need(fine, "rows", "a tuple of sentences, tuples of tokens,", self.rows, TypeError)
+        tokens = [token for row in self.rows for token in row]
+        fine = _all_are(tuple, tokens) and all(tokens) and _all_are(str, chain.from_iterable(tokens))
+        need(fine, "rows", "tokens that are tuples of text", self.rows, TypeError)
 
     def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return self.rows[i] if isinstance(i, int) else Sentences(tuple(self.rows[j] for j in i))
+
+    def __getitem__(self, i):
+        if isinstance(i, slice): return Sentences(self.rows[i])
+        if isinstance(i, (Tensor, np.ndarray)): i = i.tolist()
+        several = isinstance(i, Iterable) and not isinstance(i, (str, bytes, Mapping))
+        return Sentences(tuple(self.rows[whole(j, "i")] for j in i)) if several else self.rows[whole(i, "i")]
 
     @property
     def tokens(self):
@@ -142,6 +153,11 @@ class Sentences:
         return [token[k] for row in self.rows for token in row]
 
     def __repr__(self): return f"{len(self)} sentences, {self.tokens} tokens"
+
+
+def _all_are(kind, values):
+    "Is each of many values of a kind?"
+    return all(issubclass(found, kind) for found in set(map(type, values)))
 
 # %% ../nbs/00_files.ipynb #e707b20e
 def read_conll(
@@ -174,14 +190,15 @@ def _verify(path, digest):
 # %% ../nbs/00_files.ipynb #e24f81d0
 @dataclass(frozen=True)
 class Source:
-    "Where the files of a data set are published, and what they must contain."
+    "Where the files of a data set are published, and what they must contain; raises TypeError for what is no text."
     urls: tuple  # addresses of folders with the files, tried in this order
     files: dict  # name of each file -> SHA-256 of its content (gunzipped where it is a gzip file)
 
     def __post_init__(self):
         fine = isinstance(self.urls, (tuple, list)) and all(isinstance(url, str) for url in self.urls)
         need(fine, "urls", "a tuple of addresses", self.urls, TypeError)
-        need(isinstance(self.files, Mapping), "files", "a dictionary of digests", self.files, TypeError)
+        fine = isinstance(self.files, Mapping) and all(isinstance(text, str) for item in self.files.items() for text in item)
+        need(fine, "files", "a dictionary of digests", self.files, TypeError)
 
 # %% ../nbs/00_files.ipynb #630a2243
 SOURCES = {

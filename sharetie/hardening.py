@@ -105,7 +105,7 @@ def _check_hardens(penalty, to, fisher, model):
     "Raise unless the members of every group can become one."
     fine = model is None or isinstance(model, nn.Module)
     need(fine, "model", "a module", type(model), TypeError)
-    need(to in ("mean", "first", "fisher"), "to", "'mean', 'first' or 'fisher'", to)
+    need(isinstance(to, str) and to in ("mean", "first", "fisher"), "to", "'mean', 'first' or 'fisher'", to)
     if (fisher is None) == (to == "fisher"):
         raise ValueError("fisher: given with to='fisher' and only then; "
                          f"got to={to!r}, fisher={type(fisher).__name__}")
@@ -163,7 +163,7 @@ def fisher_diagonal(
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     need(isinstance(x, Tensor) and x.dim() > 0, "x", "a tensor of examples", type(x), TypeError)
     need(len(x) > 0, "x", "at least one example", x)
-    whole(chunk, "chunk", 1)
+    chunk = whole(chunk, "chunk", 1)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try: return _fisher(model, x, chunk)

@@ -17,13 +17,21 @@ from .errors import need, one_of, real, tensor, whole
 from .tying import TiePenalty
 
 # %% ../nbs/05_hybrids.ipynb #a5779d06
+def _fits(a, b):
+    "Do two shapes agree but for their last two axes, or may one be repeated?"
+    return all(n == m or 1 in (n, m) for n, m in zip(a[-3::-1], b[-3::-1]))
+
+
 def _check_features(x, mean):
-    "Raise unless `x` holds inputs of the width and type of `mean`, (..., c, d)."
+    "Raise unless `x` holds inputs of the width, type and device of `mean`, (..., c, d)."
     tensor(x, "x", floating=True)
     size, width = tuple(x.shape), mean.shape[-1]
     need(len(size) > 1 and size[-1] == width, "x", f"a tensor of shape (…, b, {width})", size)
     fine = x.dtype == mean.dtype
     need(fine, "x", f"a tensor of {mean.dtype}, as the parameters,", x.dtype, TypeError)
+    need(x.device == mean.device, "x", f"a tensor on {mean.device}, as the parameters,", str(x.device))
+    copies = tuple(mean.shape[:-2])
+    need(_fits(size, mean.shape), "x", f"a shape that fits the model's copies, {copies},", size)
 
 # %% ../nbs/05_hybrids.ipynb #f77862fc
 class GaussianClasses(nn.Module):
@@ -87,6 +95,8 @@ def _labels(y, posterior):
     tensor(y, "y", floating=False)
     if y.ndim > len(shape) or tuple(y.shape) != shape[len(shape) - y.ndim:]:
         raise ValueError(f"y: shape {tuple(y.shape)} does not fit that of the inputs, {shape}")
+    need(not y.is_meta, "y", "labels with values", y)
+    need(y.device == posterior.device, "y", f"labels on {posterior.device}, as the inputs,", str(y.device))
     if y.numel() == 0: raise ValueError("y: there is no labeled example")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= classes:
@@ -98,18 +108,29 @@ def _check_hybrid(classifier, generator, prior):
     "Raise unless the modules have the methods needed and `prior` is a standard deviation."
     needed = ("classifier", classifier, "log_posterior"), ("generator", generator, "log_evidence")
     for argument, module, method in needed:
-        fine = isinstance(module, nn.Module) and hasattr(module, method)
+        fine = isinstance(module, nn.Module) and callable(getattr(module, method, None))
         need(fine, argument, f"a module with {method}(x)", type(module), TypeError)
     if not (isinstance(prior, float) and prior == math.inf): real(prior, "prior", above=0)
 
-
+# %% ../nbs/05_hybrids.ipynb #25841639
 def _check_inputs(x, unlabeled):
-    "Raise unless both are inputs, of one type and width."
-    tensor(x, "x", floating=True)
+    "Raise unless both are inputs, of one type, width and device."
+    for argument, inputs in {"x": x, **({} if unlabeled is None else {"unlabeled": unlabeled})}.items():
+        tensor(inputs, argument, floating=True)
+        need(inputs.ndim > 1, argument, "a tensor of shape (…, n, d)", tuple(inputs.shape))
     if unlabeled is None: return
-    tensor(unlabeled, "unlabeled", floating=True)
-    alike = x.dtype == unlabeled.dtype and x.shape[-1:] == unlabeled.shape[-1:]
+    alike = x.dtype == unlabeled.dtype and x.shape[-1] == unlabeled.shape[-1] and _fits(x.shape, unlabeled.shape)
     need(alike, "unlabeled", f"inputs like x, {x.dtype} {tuple(x.shape)},", unlabeled)
+    need(x.device == unlabeled.device, "unlabeled", f"inputs on {x.device}, as x,", str(unlabeled.device))
+
+
+def _said(model, name, x, axes):
+    "What a model says of each input, (..., n) or (..., n, c) by the number of `axes`; raise unless it is that."
+    said, n = model(x), x.shape[-2]
+    tensor(said, f"what {name} gives", floating=True)
+    fine = said.ndim >= axes and said.shape[-axes] == n
+    need(fine, f"what {name} gives", f"a tensor of shape (…, {n}{', c' * (axes - 1)})", tuple(said.shape))
+    return said
 
 
 def _prior_loss(classifier, generator, prior):
@@ -145,12 +166,12 @@ class Hybrid(nn.Module):
         return self.classifier.log_posterior(x)
 
     def loss(self, x, y, unlabeled=None):  # (..., n, d), (..., n), (..., m, d) -> scalar
-        "Minus the log of the joint density, up to a constant; raises for inputs that do not fit."
+        "Minus the log of the joint density, up to a constant; raises TypeError or ValueError for what does not fit."
         _check_inputs(x, unlabeled)
-        posterior = self(x)
+        posterior = _said(self, "log_posterior", x, 2)
         loss = -posterior.gather(-1, _labels(y, posterior)).sum()
         for inputs in (x, unlabeled):
-            if inputs is not None: loss = loss - self.generator.log_evidence(inputs).sum()
+            if inputs is not None: loss = loss - _said(self.generator.log_evidence, "log_evidence", inputs, 1).sum()
         if self.tie is not None: loss = loss + self.tie()
         return loss + _prior_loss(self.classifier, self.generator, self.prior)
 
@@ -168,12 +189,12 @@ class Fitted(NamedTuple):
     steps: int  # how many were made
 
 
-def _scales(hybrid, labeled, unlabeled):
-    "One over the root of the number of examples that each parameter of `hybrid` sees."
+def _scales(hybrid, weights, labeled, unlabeled):
+    "One over the root of the number of examples that each of the `weights` of `hybrid` sees."
     n = labeled[0].shape[-2]
     seen = n + (0 if unlabeled is None else unlabeled.shape[-2])
     generator = {id(p) for p in hybrid.generator.parameters()}
-    return [(seen if id(p) in generator else n) ** -0.5 for p in hybrid.parameters()]
+    return [(seen if id(p) in generator else n) ** -0.5 for p in weights]
 
 # %% ../nbs/05_hybrids.ipynb #bd4ef974
 def fit_hybrid(
@@ -185,16 +206,18 @@ def fit_hybrid(
 ) -> Fitted:
     """Minimize `hybrid.loss` over all examples at once by L-BFGS.
 
-    Raises ValueError or TypeError, before the first step, where the loss is not finite or the
-    labels do not fit. Source: `torch.optim.LBFGS` with its strong-Wolfe line search."""
+    Raises ValueError or TypeError, before the first step, where the loss is not finite, the
+    labels do not fit or nothing trains. Source: `torch.optim.LBFGS` with its strong-Wolfe line search."""
     need(isinstance(hybrid, Hybrid), "hybrid", "a `Hybrid`", type(hybrid), TypeError)
     pair = isinstance(labeled, (tuple, list)) and len(labeled) == 2
     need(pair, "labeled", "a pair (x, y)", labeled, TypeError)
     steps, tolerance = whole(steps, "steps", 1), real(tolerance, "tolerance", 0)
+    weights = [p for p in hybrid.parameters() if p.requires_grad]
+    need(weights, "hybrid", "at least one parameter that trains", 0)
     start = hybrid.loss(*labeled, unlabeled)
     if not torch.isfinite(start):
         raise ValueError(f"the loss is {start.item()} at the start: check inputs and weights")
-    weights, scales = list(hybrid.parameters()), _scales(hybrid, labeled, unlabeled)
+    scales = _scales(hybrid, weights, labeled, unlabeled)
     scaled = [(p.detach() / s).requires_grad_() for p, s in zip(weights, scales)]
     optimizer = torch.optim.LBFGS(scaled, max_iter=steps, max_eval=2 * steps, history_size=30,
         tolerance_grad=tolerance, tolerance_change=1e-12, line_search_fn="strong_wolfe")

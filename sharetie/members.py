@@ -139,9 +139,10 @@ def check_group(
     members: Sequence[Member],
     map=None,  # function of the first member's tensor to the others' shape
 ):
-    """Raise unless the tensors of a group can be tied: two or more, each once, floating point, alike.
+    """Raise unless the tensors of a group can be tied: two or more, each once, dense, floating point, alike.
 
-    ValueError, or TypeError for integers and for a map that is none; names the members and both values."""
+    ValueError, or TypeError for integers, for what is not dense and for a map that is none; names the members and
+    both values."""
     fine = isinstance(members, Sequence) and all(isinstance(m, Member) for m in members)
     need(fine, label, "a list of members", type(members), TypeError)
     names, seen = [member.name for member in members], {}
@@ -152,6 +153,8 @@ def check_group(
             raise ValueError(f"{label}: {name} has no values yet; send a batch through its model")
         if not w.is_floating_point():
             raise TypeError(f"{label}: {name} is {w.dtype}; floating point is expected")
+        if w.layout != torch.strided:
+            raise TypeError(f"{label}: {name} is {w.layout}; a dense tensor is expected")
         if (twin := seen.setdefault(_memory(w), name)) != name:
             raise ValueError(f"{label}: the same tensor is on both sides, as {twin} and "
                              f"{name}; it is shared already")

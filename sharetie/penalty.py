@@ -13,7 +13,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from .distances import DISTANCES, _accurate, pair_distances
+from .distances import _accurate, _check_distance, pair_distances
 from .errors import need, nonnegative
 from .members import _check_alike, check_group, group_members, per_group
 
@@ -120,8 +120,8 @@ class TiePenalty(_Compared):
         map=None,  # function of a group's first member to the others' shape, or such by pattern
         delta: float = 1.0,  # where Huber's square turns into a line, in units of the weights
     ):
-        need(distance in DISTANCES, "distance", f"one of {DISTANCES}", distance)
-        need(toward in ("pairs", "mean"), "toward", "'pairs' or 'mean'", toward)
+        _check_distance(distance)
+        need(isinstance(toward, str) and toward in ("pairs", "mean"), "toward", "'pairs' or 'mean'", toward)
         need(nonnegative(delta, "delta") > 0, "delta", "a number above 0", delta)
         self.distance, self.toward, self.delta = distance, toward, float(delta)
         super().__init__(tied, members, strength, map)

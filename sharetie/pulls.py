@@ -24,9 +24,10 @@ def accumulate_grad_(
 ) -> Tensor:  # scalar, the penalty itself, detached and without `scale`
     """Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`.
 
-    Raises ValueError for a scale below 0 or not finite, and for members that are no leaves.
+    Raises ValueError for a scale below 0 or not finite, and for members that are no leaves, TypeError for other kinds.
     Source: the gradient of Goodfellow, Bengio and Courville 2016, section 7.9."""
     _is_penalty(penalty)
+    need(isinstance(compiled, bool), "compiled", "True or False", compiled, TypeError)
     scale, moving = nonnegative(scale, "scale"), _moving(penalty, "accumulate_grad_")
     x, y = penalty._lists(penalty.groups)
     own = {id(t) for t in penalty.parameters()}
@@ -118,7 +119,7 @@ def _pull_pair_(penalty, tensors, strength):
 class StrengthSchedule:
     """Schedule for a `TiePenalty`: every group's λ times a factor that depends on the step.
 
-    Raises ValueError or TypeError for a number of steps below 1, and for a factor below 0."""
+    Raises ValueError or TypeError for a number of steps below 1, and for a factor that is no number of at least 0."""
     def __init__(self,
         penalty: TiePenalty,  # its strengths at this moment are what the factor multiplies
         factor: Callable[[float], float],  # of the part of the way that is done, from 0 to 1
@@ -139,7 +140,7 @@ class StrengthSchedule:
 
     def _set(self, base, done):
         "Set the strengths to those after `done` steps."
-        factor = self.factor(min(done / self.steps, 1))
+        factor = nonnegative(self.factor(min(done / self.steps, 1)), "factor")
         self.penalty.strength = {label: factor * λ for label, λ in base.items()}
         self.base, self.done = base, done
 
@@ -148,13 +149,14 @@ class StrengthSchedule:
         return {"base": self.base, "done": self.done}
 
     def load_state_dict(self, state: dict):
-        "Go on from `state_dict`; raises ValueError, before anything changes, for other groups."
-        fine = isinstance(state, Mapping) and {"base", "done"} <= set(state)
+        "Go on from `state_dict`; raises ValueError or TypeError, before anything changes, for other groups or numbers."
+        fine = isinstance(state, Mapping) and {"base", "done"} <= set(state) and isinstance(state["base"], Mapping)
         need(fine, "state", "what state_dict gave", state)
-        groups, got, done = list(self.base), list(state["base"]), state["done"]
-        need(set(got) == set(groups), "state", f"one of the groups {groups}", got)
+        groups, done = list(self.base), state["done"]
+        base = {label: nonnegative(λ, f"state: strength of {label}") for label, λ in state["base"].items()}
+        need(set(base) == set(groups), "state", f"one of the groups {groups}", list(base))
         need(type(done) is int and done >= 0, "state", "a number of steps of at least 0", done)
-        self._set(dict(state["base"]), done)
+        self._set(base, done)
 
 # %% ../nbs/04_pulls.ipynb #7f9e93d0
 def anneal(
@@ -171,7 +173,7 @@ def anneal(
     shapes = {"geometric": lambda u: start ** (1 - u) * end ** u,
               "linear": lambda u: start + u * (end - start),
               "cosine": lambda u: end + (start - end) * (1 + math.cos(math.pi * u)) / 2}
-    need(shape in tuple(shapes), "shape", f"one of {tuple(shapes)}", shape)
+    need(isinstance(shape, str) and shape in shapes, "shape", f"one of {tuple(shapes)}", shape)
     start, end = ends = nonnegative(start, "start"), nonnegative(end, "end")
     fine = shape != "geometric" or min(ends) > 0
     need(fine, "start, end", "for 'geometric' a pair of numbers above 0", ends)

@@ -73,18 +73,20 @@ class Comparison(pd.DataFrame):
         self,
         digits: int = 3,  # after the point
     ) -> pd.DataFrame:  # of text, "mean ± standard deviation"
-        "The table for reading: one column per metric."
+        "The table for reading: one column per metric; raises ValueError for a part without mean and std."
         whole(digits, "digits", 0)
         def cell(row): return f"{row['mean']:.{digits}f} ± {row['std']:.{digits}f}"
-        return pd.DataFrame({m: self[m].apply(cell, axis=1) for m in self.columns.unique(0)})
+        return pd.DataFrame({m: self[m].apply(cell, axis=1) for m in _metrics(self)})
 
     def draw(
         self,
         metric: str | None = None,  # None for the first
         ax=None,  # axes to draw on; None for a new figure
     ):  # the axes
-        "Draw means with bars of one standard deviation each way, and each run as a faint dot."
-        metrics = [*self.columns.unique(0)]
+        """Draw means with bars of one standard deviation each way, and each run as a faint dot.
+
+        Raises TypeError or ValueError for a metric and axes that are none, and for a part without mean and std."""
+        metrics = _metrics(self)
         metric = metrics[0] if metric is None else one_of(metric, "metric", metrics)
         ax = subplots()[1] if ax is None else _axes(ax)
         numeric = pd.api.types.is_numeric_dtype(self.index)
@@ -105,6 +107,13 @@ def _axes(ax):
     "One matplotlib axes, as it came."
     need(hasattr(ax, "plot") and hasattr(ax, "set"), "ax", "one axes of matplotlib", ax, TypeError)
     return ax
+
+def _metrics(table):
+    "The metrics of a Comparison, of which a part may be left that holds none."
+    metrics = [*table.columns.unique(0)] if table.columns.nlevels == 2 else []
+    fine = metrics and all((m, stat) in table for m in metrics for stat in ("mean", "std"))
+    need(fine, "table", "mean and std of at least one metric", list(table))
+    return metrics
 
 # %% ../nbs/01_results.ipynb #30d60db7
 def _summarize(runs):
@@ -138,8 +147,9 @@ def _numbers(result):
     named = result if isinstance(result, Mapping) else {"value": result}
     try: numbers = {name: float(value) for name, value in named.items()}
     except (TypeError, ValueError): numbers = {}
-    if numbers and not {"variant", "seed"} & numbers.keys(): return numbers
-    raise TypeError(f"returned {result!r}, expected a number or a dict of numbers"
+    fine = numbers and all(isinstance(name, str) for name in numbers)
+    if fine and not {"variant", "seed"} & numbers.keys(): return numbers
+    raise TypeError(f"returned {result!r}, expected a number or a dict of numbers by name"
                     " (and the names variant and seed are taken)")
 
 # %% ../nbs/01_results.ipynb #4a6b8ec8
@@ -154,7 +164,7 @@ def compare(
 
     Raises TypeError or ValueError at bad arguments, RuntimeError with variant and seed where
     a run fails."""
-    seeds = _check_compare(variants, seeds, executor, threads)
+    seeds = _check_compare(variants, seeds, executor, threads, progress)
     jobs, rows = [(name, seed) for name in variants for seed in seeds], []
     calls = [(variants[name], seed, threads) for name, seed in jobs]
     futures = [executor.submit(_one_run, *call) for call in calls] if executor else []
@@ -173,7 +183,7 @@ def compare(
     return _summarize(pd.DataFrame(rows))
 
 # %% ../nbs/01_results.ipynb #f0013e77
-def _check_compare(variants, seeds, executor, threads):
+def _check_compare(variants, seeds, executor, threads, progress):
     "Raise at arguments of `compare` that make no sense, and return the seeds as a list."
     fine = isinstance(variants, Mapping)
     need(fine, "variants", "a dict of functions of a seed", type(variants), TypeError)
@@ -185,6 +195,7 @@ def _check_compare(variants, seeds, executor, threads):
     seeds = _seeds(seeds)
     need(seeds, "seeds", "at least one", seeds)
     whole(threads, "threads", 1)
+    need(isinstance(progress, bool), "progress", "True or False", progress, TypeError)
     fine = executor is None or hasattr(executor, "submit")
     need(fine, "executor", "a concurrent.futures.Executor", executor, TypeError)
     if isinstance(executor, ThreadPoolExecutor):
@@ -229,6 +240,9 @@ def _plain(value, name):
         def cell(v, m): return {**value.loc[v, m], "n": int(value.loc[v, (m, "n")])}
         metrics = value.columns.unique(0)
         value = {str(v): {m: cell(v, m) for m in metrics} for v in value.index}
+    if isinstance(value, torch.Tensor):
+        fine = value.layout == torch.strided and not value.is_meta
+        need(fine, name, "a dense tensor with values", value, TypeError)
     if isinstance(value, (torch.Tensor, np.ndarray, np.generic)): value = value.tolist()
     if isinstance(value, Mapping):
         for key in value:
@@ -304,14 +318,18 @@ def records(
     table = pd.DataFrame(rows, columns=columns, dtype=object)
     return table.where(table.notna() & (table != ""), "–")
 
+# %% ../nbs/01_results.ipynb #89a46280
 def _entry(file):
     "What `record` wrote to a file."
-    keys = {"name", "measured", "published", "source", "note", "seeds"}
-    try: entry = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error: raise ValueError(f"{file.name}: damaged ({error})") from error
+    keys, entry = {"name", "measured", "published", "source", "note", "seeds"}, _content(file)
     fine = isinstance(entry, dict) and keys <= entry.keys()
     need(fine, file.name, f"what `record` writes, with {sorted(keys)},", entry)
     return entry
+
+def _content(file):
+    "What a file of JSON holds."
+    try: return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error: raise ValueError(f"{file.name}: damaged ({error})") from error
 
 def _figures(measured, published, quantity=""):
     "Yield (quantity, published, measured, standard deviation, n) for each number of a record."
@@ -345,9 +363,12 @@ def benchmark(
 ) -> pd.DataFrame:  # a row for each candidate, by its name or size; in `attrs` how it was measured
     """The rows that a benchmark kept.
 
-    Raises ValueError for a name that is not there."""
+    Raises TypeError or ValueError for a name that is not there, ValueError for a damaged file."""
     files = {file.stem: file for file in (_results() / "bench").glob("*.json")}
-    kept = json.loads(files[one_of(name, "name", sorted(files))].read_text(encoding="utf-8"))
+    kept = _content(file := files[one_of(name, "name", sorted(files))])
+    rows = kept.get("rows") if isinstance(kept, dict) else None
+    fine = isinstance(rows, list) and rows and all(isinstance(row, dict) and "" in row for row in rows)
+    need(fine, file.name, "rows with names, as `make bench` writes,", kept)
     table = pd.DataFrame(kept.pop("rows")).set_index("")
     table.attrs = kept
     return table

@@ -44,7 +44,7 @@ def _batches(data, batch_size, device, generator=None):
     else:
         n = len(_leaves(data)[0])
         order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
-        for rows in order.split(batch_size):
+        for rows in order.split(min(int(batch_size), n)):
             yield move(_map(lambda t: t.index_select(0, rows.to(t.device)), data))
 
 def _pair(batch):
@@ -54,16 +54,17 @@ def _pair(batch):
     raise ValueError(f"data: a loader of pairs (x, y) is expected, got one of {got}")
 
 # %% ../nbs/01_scores.ipynb #bc2b2e5d
-def _check_data(name, data):
+def _check_data(name, data, expected="(x, y), a Split or a DataLoader"):
     "Raise where `data` is not a loader or (x, y) of equally many examples."
     if isinstance(data, DataLoader): return
     pair = isinstance(data, (tuple, list)) and len(data) == 2
-    need(pair, name, "(x, y), a Split, a Dataset or a DataLoader", type(data), TypeError)
+    need(pair, name, expected, type(data), TypeError)
     for leaf in _leaves(data):
         need(isinstance(leaf, torch.Tensor), name, "a tensor in every part", type(leaf), TypeError)
         need(leaf.ndim, name, "a tensor with examples along its first axis", leaf)
+        need(not leaf.is_meta, name, "a tensor with values", leaf)
     x, y = ([len(leaf) for leaf in _leaves(part)] for part in data)
-    need(len({*x, *y}) == 1, name, "as many examples of x as of y", (x, y))
+    need(x and len({*x, *y}) == 1, name, "as many examples of x as of y", (x, y))
     need(x[0], name, "at least one example", x[0])
 
 def _check_metrics(metrics):
@@ -102,6 +103,7 @@ def _scalar(name, value, device):
     try: value = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: a scalar tensor is expected of it, got {kind}") from None
+    if value.is_complex(): raise TypeError(f"{name}: a real number is expected of it, got {value.dtype}")
     if value.ndim == 0: return value
     raise ValueError(f"{name}: a scalar is expected of it, got shape {tuple(value.shape)}")
 
@@ -207,11 +209,15 @@ class History(pd.DataFrame):
     def best_epoch(self) -> int:  # counted from 1
         """The epoch of the lowest validation loss, or of the lowest training loss without one.
 
-        Raises ValueError where there is no loss, or none that is a number."""
+        Raises ValueError where there is no loss, none that is a number, or no epoch of its own for each row."""
         name = next((c for c in ("valid_loss", "train_loss") if c in self), None)
         need(name is not None, "history", "a column train_loss or valid_loss", list(self))
-        need(self[name].notna().any(), "history", f"an epoch with a {name}", len(self))
-        return int(self[name].idxmin())
+        fine = self.index.is_unique and pd.api.types.is_integer_dtype(self.index)
+        need(fine, "history", "one row for each epoch", list(self.index))
+        need(self.columns.is_unique, "history", "one column for each name", list(self))
+        losses = pd.to_numeric(self[name], errors="coerce")
+        need(losses.notna().any(), "history", f"an epoch with a {name}", len(self))
+        return int(losses.idxmin())
 
     def draw(
         self,
@@ -220,18 +226,22 @@ class History(pd.DataFrame):
     ):  # the axes
         """Draw columns against the epoch, with a dot at the best epoch.
 
-        Raises TypeError or ValueError for axes and columns that are none."""
+        Raises TypeError or ValueError for axes and columns that are none, and for columns without numbers."""
         if columns is None: columns = [c for c in self if str(c).endswith("loss")]
         columns = [columns] if isinstance(columns, str) else columns
         fine = isinstance(columns, (list, tuple, pd.Index))
         need(fine, "columns", "names of columns", columns, TypeError)
         need(len(columns), "columns", f"at least one of {list(self)}", list(columns))
-        for name in columns: one_of(name, "columns", self)
+        for name in columns:
+            values = self[one_of(name, "columns", self)]
+            fine = values.ndim == 1 and pd.api.types.is_numeric_dtype(values)
+            need(fine, "columns", f"one column of numbers for {name!r}", values)
+        best = self.best_epoch if any(name.startswith("valid") for name in columns) else None
         ax = subplots()[1] if ax is None else _axes(ax)
         for name in columns:
             line, = ax.plot(self.index, self[name], label=name.replace("_", " "))
             if name.startswith("valid"):
-                ax.plot(self.best_epoch, self.loc[self.best_epoch, name], "o", color=line.get_color())
+                ax.plot(best, self.loc[best, name], "o", color=line.get_color())
         ax.xaxis.get_major_locator().set_params(integer=True)
         one = len(columns) == 1
         ax.set(xlabel="epoch", ylabel=columns[0].replace("_", " ") if one else "loss")

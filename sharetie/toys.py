@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import need, real, whole
+from .errors import need, real, tensor, whole
 
 # %% ../nbs/00_toys.ipynb #a414192b
 class Split(NamedTuple):
@@ -25,13 +25,21 @@ class Split(NamedTuple):
 # %% ../nbs/00_toys.ipynb #e87218ec
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    "A data set in three parts that share no example."
+    "A data set in three parts that share no example; raises TypeError or ValueError for parts of another form."
     name: str  # of the function that makes it
     train: Split  # to fit weights
     valid: Split  # to choose between models; may be empty
     test: Split  # to report, once
     source: str  # where it comes from
     facts: dict = field(default_factory=dict)  # what else is known: true weights, names of inputs
+
+    def __post_init__(self):
+        for part in ("train", "valid", "test"):
+            split = getattr(self, part)
+            need(isinstance(split, Split), part, "a Split", type(split), TypeError)
+            for name, t in split._asdict().items(): tensor(t, f"{part}.{name}")
+            fine = split.x.ndim and split.y.ndim and len(split.x) == len(split.y)
+            need(fine, part, "as many inputs as targets", [tuple(t.shape) for t in split])
 
     @property
     def sizes(self):
@@ -80,10 +88,11 @@ def _check_split(valid, test, seed):
 def _groups(labels, n):
     "The class of each of n examples, from 0 on; all of one class without labels."
     if labels is None: return np.zeros(n, int)
-    try: group = np.unique(np.asarray(labels), return_inverse=True)[1]
+    try: classes, group = np.unique(np.asarray(labels), return_inverse=True)
     except (TypeError, ValueError, RuntimeError): group = None
     need(group is not None, "labels", "one class per example, all of one kind,", labels, TypeError)
     need(np.shape(labels) == (n,), "labels", f"one class for each of n={n} examples", np.shape(labels))
+    need(not np.any(classes != classes), "labels", "a class for every example", np.nan)
     return group
 
 # %% ../nbs/00_toys.ipynb #67b927d6
@@ -148,8 +157,10 @@ def monks_rule(
 
     Raises TypeError or ValueError for another problem, and for attributes of another form."""
     whole(problem, "problem", 1, 3)
-    fine = isinstance(a, np.ndarray) and a.ndim == 2 and a.shape[1] == 6
-    need(fine, "a", "an array of shape (n, 6)", a, TypeError)
+    fine = isinstance(a, np.ndarray) and a.dtype.kind in "iu" and a.ndim == 2 and a.shape[1] == 6
+    need(fine, "a", "an array of whole numbers of shape (n, 6)", a, TypeError)
+    odd = a[((a < 1) | (a > MONKS_VALUES)).any(1)]
+    need(not len(odd), "a", f"a row from 1 to {MONKS_VALUES}", odd[:1].tolist())
     _, a2, _, a4, a5, _ = a.T
     if problem == 1: return ((a[:, 0] == a2) | (a5 == 1)).astype(int)
     if problem == 2: return ((a == 1).sum(1) == 2).astype(int)
@@ -241,7 +252,7 @@ def copying(
     """The copy task: repeat the first symbols after a delay; no two sequences are equal.
 
     Source: Arjovsky, Shah and Bengio 2016."""
-    whole(delay, "delay", 1), whole(length, "length", 1), whole(symbols, "symbols", 2)
+    delay, length, symbols = whole(delay, "delay", 1), whole(length, "length", 1), whole(symbols, "symbols", 2)
     whole(n, "n", 1), whole(seed, "seed", 0)
     if length < 64:  # beyond, no n is too large
         few = f"at most {symbols**length}, all sequences of {length} of {symbols} symbols,"

@@ -29,6 +29,7 @@ from .scores import (History, _autocast, _batches, _blamed, _check_amp, _check_d
                              _check_metrics, _check_model, _device, _evaluate, _group, _leaves, _map,
                              _means, _mode, _pair, _scalar, _scores, error_rate,
                              evaluate)
+from .toys import Dataset
 
 # %% ../nbs/01_train.ipynb #0fd8116d
 @contextmanager
@@ -72,7 +73,7 @@ class _Run:
 # %% ../nbs/01_train.ipynb #e594bfbf
 def _splits(data, valid):
     "Training and validation data, taken from a Dataset where `data` is one."
-    if not hasattr(data, "train"): return data, valid
+    if not isinstance(data, Dataset): return data, valid
     return data.train, data.valid if valid is None and len(data.valid.y) else valid
 
 def _trainable(model):
@@ -85,12 +86,12 @@ def _trainable(model):
 # %% ../nbs/01_train.ipynb #84477323
 def _check_options(run):
     "Raise at the first argument of `fit` that makes no sense."
-    _check_data("data", run.train)
+    _check_data("data", run.train, "(x, y), a Split, a Dataset or a DataLoader")
     if run.valid is not None: _check_data("valid", run.valid)
-    whole(run.epochs, "epochs", 1)
-    whole(run.seed, "seed", 0, 2**32 - 1)
+    run.epochs, run.seed = whole(run.epochs, "epochs", 1), whole(run.seed, "seed", 0, 2**32 - 1)
     for name in ("batch_size", "patience"):
-        if (value := getattr(run, name)) is not None: whole(value, name, 1)
+        if (value := getattr(run, name)) is not None: setattr(run, name, whole(value, name, 1))
+    need(isinstance(run.progress, bool), "progress", "True or False", run.progress, TypeError)
     fine = run.batch_size is None or not isinstance(run.train, DataLoader)
     need(fine, "batch_size", "None with a DataLoader, which decides,", run.batch_size)
     function(run.loss, "loss", ["output", "y"])
@@ -109,7 +110,7 @@ def _check_clip(run):
     "Raise unless `clip` clips the gradients of this model as a whole."
     if callable(run.clip): return function(run.clip, "clip", ["model"])
     if run.clip is None: return
-    real(run.clip, "clip", above=0)
+    run.clip = real(run.clip, "clip", above=0)
     divided = [name for name, part in run.model.named_modules() if getattr(part, "divided", False)]
     if divided: need(False, "clip", f"a function of the model that knows of all ranks' parts of {divided[0]!r}", run.clip)
 
@@ -293,7 +294,7 @@ def fit(
     optimizer=None,  # over the model's parameters; None for Adam at a rate of 1e-3
     epochs: int = 10,  # passes over the data
     batch_size: int | None = None,  # examples; None for all at once
-    valid=None,  # as `data`; None for the validation split of a Dataset
+    valid=None,  # (x, y), a Split or a DataLoader; None for the validation split of a Dataset
     metrics: dict | None = None,  # name: function of (output, y), measured on `valid`
     device=None,  # where to train; None for where the model is
     amp: torch.dtype | None = None,  # torch.bfloat16 or torch.float16 for mixed precision

@@ -177,7 +177,7 @@ def test_bad_curves(change, message):
 
 
 @pytest.mark.parametrize("change", [dict(group=G.double()), dict(group=G > 0), dict(group="ab"), dict(group=[None]), dict(start=[1., 1., 0.]), dict(start={}), dict(start=None), dict(start={1: 2.}), dict(start=dict(GUESS, rate=None)), dict(start=dict(GUESS, rate="1")),
-                                    dict(curve=None), dict(curve=3), dict(curve="decay"), dict(curve=max), dict(t=None), dict(t="abc"), dict(t=[[1.0], [2.0, 3.0]]), dict(t=T > 1), dict(y=None), dict(y=V.cfloat()), dict(y=[None] * 24),
+                                    dict(curve=None), dict(curve=3), dict(curve="decay"), dict(curve=max), dict(t=None), dict(t="abc"), dict(t=[[1.0], [2.0, 3.0]]), dict(t=T > 1), dict(y=None), dict(y=V.cfloat()), dict(y=V.to_sparse()), dict(t=T.to_sparse()), dict(y=[None] * 24),
                                     dict(noise="small"), dict(noise=True), dict(noise=[None]), dict(shared=3), dict(shared=[3]), dict(shared=None), dict(shared=[["rate"]]), dict(strength=3), dict(strength=["rate"]), dict(strength={"rate": "big"}),
                                     dict(strength={"rate": True}), dict(strength={"rate": None}), dict(steps=None), dict(steps=10.0), dict(steps=True)], ids=lambda change: next(iter(change)))
 def test_bad_kinds(change):
@@ -189,6 +189,13 @@ def test_points_for_as_many_constants():
     with pytest.raises(ValueError, match="leave none"): fit_curves(decay, t, y, start=GUESS)
     exact = fit_curves(decay, t, y, start=GUESS, noise=.1)
     torch.testing.assert_close(decay(t, *exact.estimates.values()), y)
+
+
+def test_a_curve_that_writes_to_its_points_changes_none():
+    t = T.clone()
+    fit = fit_curves(lambda t, a, b: t.mul_(2) * a + b, t, V, G, start=dict(a=1., b=0.))
+    assert torch.equal(t, T)
+    torch.testing.assert_close(2 * fit.estimates["a"], fit_curves(lambda t, a, b: t * a + b, T, V, G, start=dict(a=1., b=0.)).estimates["a"])
 
 
 def test_no_convergence():

@@ -257,7 +257,7 @@ def test_load_wants_a_name(name):
     with pytest.raises(TypeError, match="^name: one of adding, adult, .* is expected, got"): load(name)
 
 
-@pytest.mark.parametrize("labels, error", [([[1, 2], [3, 4]], ValueError), (3, ValueError), ("abcd", ValueError), (["a", 1, None, 2], TypeError), ([[1], [2, 3], [4], [5]], TypeError)])
+@pytest.mark.parametrize("labels, error", [([[1, 2], [3, 4]], ValueError), (3, ValueError), ("abcd", ValueError), (["a", 1, None, 2], TypeError), ([0, 1, float("nan"), 1], ValueError), (torch.full((4,), float("nan")), ValueError), ([[1], [2, 3], [4], [5]], TypeError)])
 def test_labels_that_are_none(labels, error):
     with pytest.raises(error, match="^labels: "): parts(4, 0, 0, labels=labels)
 
@@ -266,7 +266,7 @@ def test_labels_that_are_none(labels, error):
     ((None,), TypeError, "^train: a floating point tensor is expected, got None"), (([[1.0]],), TypeError, "^train: "), ((torch.ones(2, 2).long(),), TypeError, "^train: .* got Tensor of int64"),
     ((torch.ones(3),), ValueError, "^train: a tensor of 2 axes"), ((torch.zeros(0, 2),), ValueError, "^train: a tensor with at least one element"),
     ((torch.tensor([[1.0, float("nan")]]),), ValueError, "^train: finite numbers are expected, got 1 of 2"), ((torch.ones(2, 2), torch.ones(2, 3)), ValueError, r"^others\[0\]: a tensor of shape \(any, 2\)"),
-    ((torch.ones(2, 2), torch.ones(2, 2), None), TypeError, r"^others\[1\]: "), ((torch.ones(2, 2), torch.full((2, 2), float("inf"))), ValueError, r"^others\[0\]: finite numbers"),
+    ((torch.eye(2).to_sparse(),), TypeError, "^train: a dense tensor"), ((torch.ones(2, 2), torch.ones(2, 2), None), TypeError, r"^others\[1\]: "), ((torch.ones(2, 2), torch.full((2, 2), float("inf"))), ValueError, r"^others\[0\]: finite numbers"),
 ])
 def test_bad_arguments_of_standardize(arguments, error, message):
     with pytest.raises(error, match=message): standardize(*arguments)
@@ -277,17 +277,42 @@ TINY = data.Sentences(((("We", "PRP"), ("read", "VBP")),))
 
 @pytest.mark.parametrize("arguments, error, message", [
     ((None, ("a",), ()), TypeError, "^sentences: `Sentences` is expected, got NoneType"), ((["We read"], ("a",), ()), TypeError, "^sentences: .* got list"),
-    ((TINY, None, ()), TypeError, "^words: a tuple is expected, got None"), ((TINY, "ab", ()), TypeError, "^words: "), ((TINY, ("a",), None), TypeError, "^tags: a tuple is expected, got None"),
-    ((TINY, ("a",), "ab"), TypeError, "^tags: "), ((TINY, ("a",), (None,)), TypeError, r"^tags\[0\]: "), ((TINY, ("a",), (("PRP",),)), ValueError, r"^tags\[0\]: every tag .* got \['VBP'\]"),
+    ((TINY, None, ()), TypeError, "^words: a tuple of text is expected, got None"), ((TINY, "ab", ()), TypeError, "^words: "), ((TINY, ("a", 1), ()), TypeError, "^words: "), ((TINY, ("a", ["b"]), ()), TypeError, "^words: "), ((TINY, ("a",), None), TypeError, "^tags: a tuple is expected, got None"),
+    ((TINY, ("a",), "ab"), TypeError, "^tags: "), ((TINY, ("a",), (None,)), TypeError, r"^tags\[0\]: "), ((TINY, ("a",), (("PRP", "VBP", None),)), TypeError, r"^tags\[0\]: a tuple of text"), ((TINY, ("a",), (("PRP", []),)), TypeError, r"^tags\[0\]: "), ((TINY, ("a",), (("PRP",),)), ValueError, r"^tags\[0\]: every tag .* got \['VBP'\]"),
     ((TINY, ("a",), (("PRP", "VBP"), ("O",))), ValueError, "^k: a whole number from 0 to 1 is expected, got 2"),
 ])
 def test_bad_arguments_of_encode(arguments, error, message):
     with pytest.raises(error, match=message): encode(*arguments)
 
 
-@pytest.mark.parametrize("problem, a", [(1, None), (2, [[1] * 6]), (3, np.ones((2, 5))), (1, np.ones(6))])
+ONES = np.ones((2, 6), int)
+
+
+@pytest.mark.parametrize("problem, a", [(1, None), (2, [[1] * 6]), (3, ONES[:, :5]), (1, ONES[0]), (2, ONES + 0.5), (2, ONES * np.nan), (1, ONES.astype(str)), (3, ONES.astype(bool)), (2, np.full((2, 6), None))])
 def test_attributes_of_another_form(problem, a):
-    with pytest.raises(TypeError, match=r"^a: an array of shape \(n, 6\) is expected, got"): monks_rule(problem, a)
+    with pytest.raises(TypeError, match=r"^a: an array of whole numbers of shape \(n, 6\) is expected, got"): monks_rule(problem, a)
+
+
+@pytest.mark.parametrize("a", [ONES - 1, ONES * 4, -ONES])
+def test_attributes_that_no_example_has(a):
+    with pytest.raises(ValueError, match=r"^a: a row from 1 to \(3, 3, 2, 3, 4, 2\) is expected, got \[\["): monks_rule(2, a)
+    assert monks_rule(2, ONES[:0]).tolist() == []
+
+
+def test_numbers_of_sequences_that_no_int64_holds():
+    assert copying(length=np.int64(30), symbols=np.int64(8), n=5, valid=0, test=0).sizes["train"] == 5
+
+
+TWO = data.Split(torch.zeros(2, 3), torch.zeros(2))
+
+
+@pytest.mark.parametrize("part, split, error, message", [
+    ("train", None, TypeError, "^train: a Split is expected, got NoneType"), ("valid", tuple(TWO), TypeError, "^valid: a Split is expected, got tuple"), ("test", TWO._replace(x=[0.0, 1.0]), TypeError, r"^test.x: a tensor is expected, got \[0.0, 1.0\]"),
+    ("train", TWO._replace(y=np.zeros(2)), TypeError, "^train.y: a tensor"), ("valid", TWO._replace(y=torch.zeros(3)), ValueError, r"^valid: as many inputs as targets is expected, got \[\(2, 3\), \(3,\)\]"),
+    ("test", TWO._replace(x=torch.tensor(1.0)), ValueError, "^test: as many inputs"),
+])
+def test_parts_of_a_data_set_of_another_form(part, split, error, message):
+    with pytest.raises(error, match=message): data.Dataset("toy", **{"train": TWO, "valid": TWO, "test": TWO, part: split}, source="zeros")
 
 
 def test_load_lists_the_names_that_exist():

@@ -169,6 +169,12 @@ def test_tensors_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=f"^x: {message}"): tensor(x, "x", **options)
 
 
+def test_numbers_of_a_sparse_tensor_are_not_looked_at():
+    x = torch.eye(2).to_sparse()
+    assert tensor(x, "x", True) is x
+    with pytest.raises(TypeError, match="^x: a dense tensor is expected, got torch.sparse_coo$"): tensor(x, "x", finite=True)
+
+
 def test_empty_tensors():
     assert tensor(torch.zeros(0, 3), "x", finite=True).shape == (0, 3)
     with pytest.raises(ValueError, match=r"^x: a tensor with at least one element is expected, got \(0, 3\)"):

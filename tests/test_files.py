@@ -270,7 +270,7 @@ def test_no_path(read, path):
 @pytest.mark.parametrize("options, message", [
     (dict(columns=None), "^columns: a dictionary of float or words by column is expected, got None"), (dict(columns=["age", "sex"]), "^columns: "), (dict(columns={}), "^columns: "), (dict(columns="age"), "^columns: "),
     (dict(columns={"age": int}), r"^columns\['age'\]: float or a tuple of words is expected, got int"), (dict(columns={"age": float, "sex": "Male"}), r"^columns\['sex'\]: .* got 'Male'"),
-    (dict(columns={"age": float, "sex": None}), r"^columns\['sex'\]: "), (dict(columns={"age": ()}), r"^columns\['age'\]: "), (dict(columns={"age": (1, 2)}), r"^columns\['age'\]: "),
+    (dict(columns={"age": float, "sex": None}), r"^columns\['sex'\]: "), (dict(columns={1: float, "sex": ("Male",)}), "^columns: text for every name is expected, got 1"), (dict(columns={None: float}), "^columns: text"), (dict(columns={"age": ()}), r"^columns\['age'\]: "), (dict(columns={"age": (1, 2)}), r"^columns\['age'\]: "),
     (dict(columns=SCHEMA, comment=None), "^comment: text is expected, got None"), (dict(columns=SCHEMA, comment=3), "^comment: "),
 ])
 def test_bad_options_of_read_csv(tmp_path, options, message):
@@ -295,6 +295,25 @@ def test_no_sentences(rows):
     with pytest.raises(TypeError, match="^rows: a tuple of sentences"): Sentences(rows)
 
 
+@pytest.mark.parametrize("token", [None, "We", ["We", "PRP"], (), ("We", 1), (["We"],), {"We": "PRP"}], ids=str)
+def test_no_tokens(token):
+    with pytest.raises(TypeError, match="^rows: tokens that are tuples of text is expected, got"): Sentences((((("read", "VBP")), token),))
+
+
+@pytest.mark.parametrize("i", [None, "0", 1.5, True, [0.0], [True, False, True], np.array([True, False, True]), torch.zeros(2), {0: 1}, np.float64(1)], ids=str)
+def test_no_place_of_a_sentence(i):
+    with pytest.raises(TypeError, match="^i: a whole number is expected, got"): THREE[i]
+
+
+THREE = Sentences(tuple(((word, tag),) for word, tag in ("aA", "bB", "cC")))
+
+
+@pytest.mark.parametrize("i, words", [([2, 0], "ca"), (np.array([2, 0]), "ca"), (torch.tensor([2, 0]), "ca"), ((), ""), (slice(1, None), "bc"), (range(2), "ab"), ([np.int64(-1)], "c")], ids=str)
+def test_some_sentences(i, words):
+    assert THREE[i].column(0) == list(words) and THREE[np.int64(1)] == THREE[torch.tensor(1)] == THREE[1]
+    with pytest.raises(IndexError): THREE[3]
+
+
 @pytest.mark.parametrize("k, error", [(3, ValueError), (-1, ValueError), (None, TypeError), ("0", TypeError), (True, TypeError)])
 def test_no_column(k, error):
     with pytest.raises(error, match="^k: a whole number"): Sentences(((("We", "PRP", "B-NP"),),)).column(k)
@@ -307,6 +326,6 @@ def test_bad_arguments_of_find_file(arguments, message):
     with pytest.raises(TypeError, match=message): find_file(*arguments)
 
 
-@pytest.mark.parametrize("arguments, message", [(("http://host/", {}), "^urls: a tuple of addresses is expected, got 'http://host/'"), ((None, {}), "^urls: "), (((), None), "^files: "), (((), ["a"]), "^files: ")])
+@pytest.mark.parametrize("arguments, message", [(("http://host/", {}), "^urls: a tuple of addresses is expected, got 'http://host/'"), ((None, {}), "^urls: "), (((), None), "^files: "), (((), ["a"]), "^files: "), (((), {"a": None}), "^files: "), (((), {1: "a"}), "^files: ")])
 def test_bad_sources(arguments, message):
     with pytest.raises(TypeError, match=message): Source(*arguments)

@@ -220,6 +220,7 @@ X, Y = clouds(6)
     (X[:, :1], Y, ValueError, r"^x: a tensor of shape \(…, b, 2\) is expected, got \(6, 1\)"), (X[0], Y, ValueError, r"^x: a tensor of shape"),
     (X, Y[:-1], ValueError, r"shape \(5,\)"),
     (X, Y[:, None], ValueError, r"shape \(6, 1\)"),
+    (X.to("meta"), Y, ValueError, "^x: a tensor on cpu, as the parameters, is expected, got 'meta'"), (X, Y.to("meta"), ValueError, "^y: labels with values is expected"),
     (X[:0], Y[:0], ValueError, "no labeled example")])
 def test_bad_labels_change_nothing(x, y, error, message):
     hybrid = Hybrid(randomized(), alpha=.5)
@@ -243,6 +244,8 @@ def test_bad_pairs():
     with pytest.raises(ValueError, match="generator"): Hybrid(a, a, alpha=.5)
     with pytest.raises(TypeError, match=r"^classifier: a module with log_posterior\(x\) is expected, got Linear"): Hybrid(nn.Linear(2, 3))
     with pytest.raises(TypeError, match=r"^generator: a module with log_evidence\(x\) is expected, got Linear"): Hybrid(a, nn.Linear(2, 3))
+    b.log_evidence = None
+    with pytest.raises(TypeError, match=r"^generator: a module with log_evidence\(x\) is expected"): Hybrid(a, b)
     with pytest.raises(ValueError, match="shape"): Hybrid(a, randomized(classes=4))
     for prior in (0, -1, math.nan):
         with pytest.raises(ValueError, match="prior"): Hybrid(a, prior=prior)
@@ -267,11 +270,37 @@ def test_bad_arguments_of_the_hybrid(options, error, message):
 
 
 @pytest.mark.parametrize("unlabeled, error, message", [([[1.0, 2.0]], TypeError, "^unlabeled: "), (3, TypeError, "^unlabeled: "), (X.long(), TypeError, "^unlabeled: "), (X.float(), ValueError, "^unlabeled: inputs like x"),
-                                                       (X[:, :1], ValueError, "^unlabeled: inputs like x")])
+                                                       (X[:, :1], ValueError, "^unlabeled: inputs like x"), (X[0], ValueError, r"^unlabeled: a tensor of shape \(…, n, d\) is expected, got \(2,\)"), (X.to("meta"), ValueError, "^unlabeled: inputs on cpu, as x, is expected, got 'meta'")])
 def test_bad_unlabeled_inputs(unlabeled, error, message):
     hybrid = Hybrid(randomized(), alpha=.5)
     with pytest.raises(error, match=message): hybrid.loss(X, Y, unlabeled)
     with pytest.raises(error, match=message): fit_hybrid(hybrid, (X, Y), unlabeled)
+
+
+def test_inputs_for_another_number_of_copies():
+    hybrid = Hybrid(GaussianClasses(3, 2, copies=(4,)).double(), alpha=.5)
+    with pytest.raises(ValueError, match=r"^x: a shape that fits the model's copies, \(4,\), is expected, got \(3, 6, 2\)"): hybrid.loss(X.expand(3, 6, 2), Y)
+    with pytest.raises(ValueError, match="^unlabeled: inputs like x"): hybrid.loss(X.expand(4, 6, 2), Y, X.expand(3, 6, 2))
+    torch.testing.assert_close(hybrid.loss(X, Y, X), hybrid.loss(X.expand(4, 6, 2), Y, X.expand(1, 6, 2)))
+
+
+@pytest.mark.parametrize("given, error", [(None, TypeError), ([1.0], TypeError), (torch.zeros(6, 3).long(), TypeError), (torch.tensor(1.0), ValueError), (torch.zeros(5, 3), ValueError)], ids=["none", "list", "integers", "scalar", "rows"])
+def test_models_that_say_something_else(given, error):
+    class Odd(GaussianClasses):
+        def log_posterior(self, x): return given
+        log_evidence = log_posterior
+    with pytest.raises(error, match="^what log_posterior gives: .* is expected"): Hybrid(Odd(3, 2).double()).loss(X, Y)
+    with pytest.raises(error, match="^what log_evidence gives: .* is expected"): Hybrid(randomized(), Odd(3, 2).double()).loss(X, Y)
+
+
+def test_frozen_weights_stay():
+    hybrid = Hybrid(randomized(), alpha=.5, prior=3.)
+    hybrid.classifier.mean.requires_grad_(False)
+    before = copy.deepcopy(hybrid.state_dict())
+    fit_hybrid(hybrid, (X, Y), steps=3)
+    same = {name for name, value in hybrid.state_dict().items() if torch.equal(value, before[name])}
+    assert same == {"classifier.mean"}
+    with pytest.raises(ValueError, match="^hybrid: at least one parameter that trains is expected, got 0"): fit_hybrid(hybrid.requires_grad_(False), (X, Y))
 
 
 @pytest.mark.parametrize("arguments, error, message", [

@@ -100,7 +100,7 @@ W = torch.zeros(2, 3)
     ([], None, ValueError, r"^g: a tie needs two members or more, got \[\]"), ([W], None, ValueError, r"two members or more, got \['w0'\]"),
     ([W, W], None, ValueError, "the same tensor is on both sides, as w0 and w1"), ([W, W.detach()], None, ValueError, "same tensor"), ([W, W[:]], None, ValueError, "same tensor"),
     ([W, W + 1, W], None, ValueError, "as w0 and w2"), ([W.long(), W.long() + 1], None, TypeError, "w0 is torch.int64; floating point"),
-    ([W, W.bool()], None, TypeError, "w1 is torch.bool"), ([W, W.cfloat()], None, TypeError, "w1 is torch.complex64"),
+    ([W, W.bool()], None, TypeError, "w1 is torch.bool"), ([W, W.to_sparse()], None, TypeError, "w1 is torch.sparse_coo; a dense tensor is expected"), ([W, W.cfloat()], None, TypeError, "w1 is torch.complex64"),
     ([W, W.half()], None, ValueError, "w0 has dtype torch.float32, w1 has dtype torch.float16"), ([W, W.to("meta")], None, ValueError, "w0 has device cpu, w1 has device meta"),
     ([W, W.T.clone()], None, ValueError, r"w0 has shape \(2, 3\), w1 has shape \(3, 2\); a map"), ([W, W[0, 0]], None, ValueError, r"w1 has shape \(\)"),
     ([W, W + 1], 3, TypeError, "^map of g: a function of w0 is expected, got 3"), ([W, W + 1], lambda t: [t], TypeError, "^map of g: it turns w0 into a list"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sharetie import results as module
-from sharetie.results import COLORS, Comparison, compare, record, records, set_seed, subplots
+from sharetie.results import COLORS, Comparison, benchmark, compare, record, records, set_seed, subplots
 
 # ---- random numbers and figures
 
@@ -110,6 +110,8 @@ def test_a_comparison_survives_pickling_and_shows_as_a_table():
     (({"a": float}, "12"), TypeError, "seeds: several, such as range(10), is expected, got '12'"), (({"a": float}, None), TypeError, "seeds: several"),
     (({"a": float}, [True]), TypeError, "seeds: whole numbers are expected, got [True]"), (({"a": float}, torch.tensor(1)), TypeError, "seeds: whole numbers are expected, got tensor(1)"), (({"a": float}, [-1]), ValueError, "seeds: a whole number from 0 to 4294967295"),
     (({"a": float}, [0], None, None), TypeError, "threads: a whole number is expected, got None"), (({"a": float}, [0], None, True), TypeError, "threads: a whole number"),
+    (({"a": float}, [0], None, 1, None), TypeError, "progress: True or False is expected, got None"), (({"a": float}, [0], None, 1, torch.zeros(2)), TypeError, "progress: True or False"),
+    (({"a": lambda seed: {1: 2.0}}, [4]), RuntimeError, "variant 'a', seed 4: TypeError: returned {1: 2.0}, expected a number or a dict of numbers by name"), (({"a": lambda seed: {(): 2.0}}, [4]), RuntimeError, "variant 'a', seed 4: TypeError"),
     (({"a": lambda seed: "high"}, [4]), RuntimeError, "variant 'a', seed 4: TypeError: returned 'high'"),
     (({"a": lambda seed: {}}, [4]), RuntimeError, "variant 'a', seed 4: TypeError: returned {}"),
     (({"a": lambda seed: {"seed": 1}}, [4]), RuntimeError, "the names variant and seed are taken"),
@@ -173,6 +175,7 @@ def test_bad_names_of_records(results, name):
     (dict(measured=None), ValueError, "measured: at least one number, and no None, is expected, got None"), (dict(measured={}), ValueError, "measured: at least one number"),
     (dict(measured=[]), ValueError, "measured: at least one number"), (dict(measured={"a": {"b": None}}), ValueError, "measured: at least one number"), (dict(measured=np.zeros(0)), ValueError, "measured: at least one number"),
     (dict(measured={"a": []}), ValueError, "measured: at least one number"), (dict(measured=pd.DataFrame({"a": [1]})), TypeError, "measured: a number, text, or a list or dict of them is expected, got DataFrame"), (dict(measured=1j), TypeError, "got complex"),
+    (dict(measured=torch.ones(2, device="meta")), TypeError, "measured: a dense tensor with values is expected, got Tensor"), (dict(measured={"a": [torch.eye(2).to_sparse()]}), TypeError, "measured['a'][0]: a dense tensor"),
     (dict(measured={"a": 1}, published={"b": 1}), ValueError, "published: what was measured too (['a']) is expected, got ['b']"), (dict(measured=1, published={"b": 1}), ValueError, "published: what was measured too (one number)"),
     (dict(measured={"a": {"x": 1}}, published={"a": {"y": 1}}), ValueError, "published['a']: what was measured too (['x']) is expected, got ['y']"),
     (dict(measured=1, seeds=[1.7]), TypeError, "seeds: whole numbers are expected, got [1.7]"), (dict(measured=1, seeds="12"), TypeError, "seeds: several, such as range(10), is expected, got '12'"),
@@ -210,6 +213,20 @@ def test_a_file_that_is_no_record(results, text):
 ])
 def test_bad_arguments_of_tables_and_figures(call, error, message):
     with pytest.raises(error, match=message): call()
+
+
+@pytest.mark.parametrize("part", [lambda table: table["value"], lambda table: table.drop(columns=[("value", "std")]), lambda table: table.iloc[:, :0], lambda table: Comparison()], ids=["one metric", "no std", "no columns", "empty"])
+def test_parts_of_a_comparison_without_what_is_shown(part):
+    table = part(compare({"a": float}, [1, 2]))
+    for call in (table.draw, table.rounded):
+        with pytest.raises(ValueError, match="^table: mean and std of at least one metric is expected, got"): call()
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", "3", '{"a": 1}', '{"rows": 3}', '{"rows": []}', '{"rows": [{"ms": 1}]}', "\xff"])
+def test_a_file_that_is_no_benchmark(results, text):
+    (results / "bench").mkdir(parents=True)
+    (results / "bench" / "speed.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="^speed.json: "): benchmark("speed")
 
 
 def test_the_folder_of_results(tmp_path, monkeypatch):

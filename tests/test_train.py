@@ -9,6 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +20,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from processes import PROCESSES, in_two_processes
+from sharetie.data import digits
+from sharetie.results import subplots
 from sharetie.train import History, error_rate, evaluate, fit, set_seed
 from sharetie.tying import TiePenalty, anneal, proximal_
 
@@ -489,7 +492,6 @@ def test_nested_batches():
 
 
 def test_a_dataset_brings_its_validation_split():
-    from sharetie.data import digits
     data = digits()
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     assert list(fit(model, data, F.cross_entropy, epochs=1)) == ["train_loss", "valid_loss"]
@@ -577,6 +579,16 @@ BAD = {
     "amp float64": (dict(amp=torch.float64), ValueError, "amp: None, torch.float16 or torch.bfloat16 is expected, got torch.float64"),
     "batch_size -1": (dict(batch_size=-1), ValueError, "batch_size: a whole number of at least 1 is expected, got -1"),
     "patience 1.5": (dict(patience=1.5, valid=(X, Y)), TypeError, "patience: a whole number is expected, got 1.5"),
+    "data, no x": (dict(data=((), Y)), ValueError, "data: as many examples of x as of y is expected, got ([], [60])"),
+    "data, meta": (dict(data=(X.to("meta"), Y)), ValueError, "data: a tensor with values is expected, got Tensor of float32, shape (60, 2)"),
+    "data, a module": (dict(data=nn.Linear(2, 2)), TypeError, "data: (x, y), a Split, a Dataset or a DataLoader is expected, got Linear"),
+    "valid, no x": (dict(valid=({}, Y)), ValueError, "valid: as many examples of x as of y is expected, got ([], [60])"),
+    "valid, meta": (dict(valid=(X, Y.to("meta"))), ValueError, "valid: a tensor with values is expected"),
+    "valid, a data set": (dict(valid=digits()), TypeError, "valid: (x, y), a Split or a DataLoader is expected, got Dataset"),
+    "penalty, complex": (dict(penalty=lambda: 1j), TypeError, "penalty: a real number is expected of it, got torch.complex"),
+    "loss, complex": (dict(loss=lambda output, y: output.sum() * 1j), TypeError, "loss: a real number is expected of it, got torch.complex64"),
+    "progress": (dict(progress=torch.zeros(2)), TypeError, "progress: True or False is expected, got Tensor"),
+    "progress, none": (dict(progress=None), TypeError, "progress: True or False is expected, got None"),
     "checkpoint, a folder": (dict(checkpoint="/"), ValueError, "checkpoint: a file, and no folder, is expected, got '/'"),
 }
 
@@ -591,6 +603,16 @@ def test_bad_arguments_of_fit(case):
     assert message in str(e.value)
     if before and not before[0].is_meta: assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert torch.equal(torch.get_rng_state(), rng)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    def run(one, epochs, path=None):
+        model = plain()
+        fit(model, toy(), F.cross_entropy, epochs=one(epochs), batch_size=one(7), valid=toy(30), patience=one(4), seed=one(3), clip=np.float64(1), checkpoint=path)
+        return model
+    run(np.int64, 2, tmp_path / "run.pt")
+    assert same(run(int, 4), run(np.int32, 4, tmp_path / "run.pt"))
+    assert evaluate(plain(), toy(), ERROR, batch_size=np.int64(7)) == evaluate(plain(), toy(), ERROR, batch_size=10**400)
 
 
 def test_a_scheduler_of_another_optimizer():
@@ -666,7 +688,8 @@ ERROR = {"error": error_rate}
 @pytest.mark.parametrize("model, data, metrics, options, error, message", [
     (None, (X, Y), ERROR, {}, TypeError, "^model: an nn.Module is expected, got NoneType"), (print, (X, Y), ERROR, {}, TypeError, "^model: an nn.Module"),
     (nn.LazyLinear(2), (X, Y), ERROR, {}, ValueError, "^model: parameters with values"), (nn.ReLU(), None, ERROR, {}, TypeError, "^data: .* got NoneType"),
-    (nn.ReLU(), X, ERROR, {}, TypeError, "^data: .* got Tensor"), (nn.ReLU(), ([1], [2]), ERROR, {}, TypeError, "^data: a tensor in every part is expected, got int"),
+    (nn.ReLU(), X, ERROR, {}, TypeError, "^data: .* got Tensor"), (nn.ReLU(), digits(), ERROR, {}, TypeError, r"^data: \(x, y\), a Split or a DataLoader is expected, got Dataset"), (nn.ReLU(), ([], Y), ERROR, {}, ValueError, "^data: as many examples"),
+    (nn.ReLU(), (X, Y.to("meta")), ERROR, {}, ValueError, "^data: a tensor with values"), (nn.ReLU(), (X, Y), {"a": lambda output, y: 1j}, {}, TypeError, "^a: a real number is expected of it"), (nn.ReLU(), ([1], [2]), ERROR, {}, TypeError, "^data: a tensor in every part is expected, got int"),
     (nn.ReLU(), (X[:0], Y[:0]), ERROR, {}, ValueError, "^data: at least one example"), (nn.ReLU(), (X, Y[:3]), ERROR, {}, ValueError, "^data: as many examples"),
     (nn.ReLU(), (X, Y), None, {}, TypeError, "^metrics: .* got None"), (nn.ReLU(), (X, Y), {}, {}, TypeError, "^metrics: .* got {}"),
     (nn.ReLU(), (X, Y), {1: error_rate}, {}, TypeError, "^metrics: "), (nn.ReLU(), (X, Y), {"a": None}, {}, TypeError, r"^metrics\['a'\]: a function of \(output, y\) is expected, got None"),
@@ -699,9 +722,21 @@ def test_bad_arguments_of_draw(options, error, message):
     with pytest.raises(error, match=message): LOSSES.draw(**options)
 
 
-@pytest.mark.parametrize("history", [History({"error": [1.0]}), History({"train_loss": [math.nan]}), History({"train_loss": []}, dtype=float)], ids=["no loss", "nan", "empty"])
+@pytest.mark.parametrize("history", [History({"error": [1.0]}), History({"train_loss": [math.nan]}), History({"train_loss": []}, dtype=float), History({"train_loss": ["low"]}),
+                                     LOSSES.set_axis([1, 1]), LOSSES.set_axis(["a", "b"]), LOSSES.set_axis(["valid_loss", "valid_loss"], axis=1)], ids=["no loss", "nan", "empty", "text", "same epoch", "no epochs", "same name"])
 def test_a_history_without_a_best_epoch(history):
     with pytest.raises(ValueError, match="^history: "): history.best_epoch
+
+
+@pytest.mark.parametrize("history, message", [
+    (LOSSES.set_axis([1, 1]), "^history: one row for each epoch is expected, got \\[1, 1\\]"), (LOSSES.assign(valid_loss=math.nan), "^history: an epoch with a valid_loss"), (LOSSES.assign(train_loss="low"), "^columns: one column of numbers for 'train_loss' is expected, got Series"),
+    (LOSSES.set_axis(["train_loss", "train_loss"], axis=1), "^columns: one column of numbers for 'train_loss'"),
+])
+def test_a_history_that_cannot_be_drawn_leaves_the_axes(history, message):
+    ax = subplots()[1]
+    with pytest.raises(ValueError, match=message): history.draw(ax)
+    assert not ax.lines
+    plt.close(ax.figure)
 
 
 # ---- several processes
