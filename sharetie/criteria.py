@@ -255,6 +255,7 @@ def _output_curvature(z, y, loss):
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"loss: a function of one example's output and target is expected: {error}") from error
     need(each.ndim == 1, "loss", "a function to one number", f"{tuple(each.shape[1:])} for each example")
+    need(bool(each.isfinite().all()), "data", "examples each of which has a finite loss, and so a label,", each)
     fine = torch.isclose(each.mean(), loss(z, y), rtol=1e-3, atol=1e-6)
     need(bool(fine), "loss", "a mean over examples", f"{loss(z, y):.4g} for examples of {each.mean():.4g} on average")
     return found.reshape(len(z), z[0].numel(), z[0].numel())
@@ -268,6 +269,7 @@ def curvature_rows(
 ) -> Tensor:  # (p, c, n) for c outputs and n stored weights, one after the other
     """Rows whose products, summed and divided by p, are the Gauss-Newton matrix of the loss in the stored weights.
 
+    The loss says which axis of the output holds classes, and each example needs as many labels as the others.
     Raises TypeError or ValueError for bad data, a loss that is no mean over examples, a model that treats examples
     together, and as `edges` does."""
     x, y = _examples(model, data, loss)
@@ -300,6 +302,7 @@ def obd(
 ) -> dict[str, Tensor]:  # by name, of the shape of the weight
     """Scores h w² / 2, how much the loss would rise without each weight, by the diagonal of its curvature.
 
+    The loss says which axis of the output holds classes, and each example needs as many labels as the others.
     Raises TypeError or ValueError for bad data, a loss that is no mean over examples, layers without a rule, and as
     `edges` does. Source: LeCun, Denker and Solla 1990; the sum over uses is theirs, `cross` is not."""
     x, y = _examples(model, data, loss)
