@@ -61,6 +61,38 @@ class Numbers:
         graph = coo_matrix((np.ones(len(a)), (a, b)), shape=(self.count, self.count))
         return connected_components(graph, directed=False)[1]
 
+# %% ../nbs/40_tracing.ipynb #ea9ff33d
+class _Notes:
+    "Which numbers the axes of tensors carry, and where in the model we are."
+    def begin(self, held):
+        self.numbers, self.known, self.alive, self.now = Numbers(), {}, [], ""
+        self.sizes, self.reads, self.outputs, self.read_in, self.stack = [], [], {}, {}, []
+        for tensor in held.values():
+            if id(tensor) not in self.known: self.put(tensor, [self.numbers.new(n) for n in tensor.shape])
+
+    def axes(self, tensor) -> list:  # a row of numbers, or None, for each axis
+        return list(self.known.get(id(tensor), [None] * tensor.ndim))
+
+    def put(self, tensor, axes):
+        self.known[id(tensor)] = axes
+        self.alive.append(tensor)  # or its id may come again
+
+    @property
+    def module(self): return self.stack[-1][1] if self.stack else None
+
+    @property
+    def why(self): return f"{self.now} in {self.stack[-1][0]!r}" if self.stack and self.stack[-1][0] else self.now
+
+    def join(self, *rows): return self.numbers.join(*rows, why=self.why)
+
+    def fix(self, ids): self.numbers.fix(ids, self.why)
+
+    def mix(self, ids):
+        if ids is not None: self.numbers.mixed.append((ids, self.why))
+
+    def loose(self, ids):
+        if ids is not None and not (self.stack and self.stack[-1][2]): self.reads.append((ids, self.why))
+
 # %% ../nbs/40_tracing.ipynb #35738136
 def _elementwise(t, a, out):
     "Axes line up from the right."
@@ -242,38 +274,6 @@ _SPATIAL = ("max_pool{}_with_indices", "avg_pool{}", "_adaptive_avg_pool{}", "ad
             "upsample_nearest{}", "reflection_pad{}", "replication_pad{}")
 _RULES |= {name.format(f"{n}d"): _spatial(n) for name in _SPATIAL for n in (1, 2, 3)}
 _RULES |= {f"upsample_{kind}2d": _spatial(2) for kind in ("bilinear", "bicubic")}
-
-# %% ../nbs/40_tracing.ipynb #ea9ff33d
-class _Notes:
-    "Which numbers the axes of tensors carry, and where in the model we are."
-    def begin(self, held):
-        self.numbers, self.known, self.alive, self.now = Numbers(), {}, [], ""
-        self.sizes, self.reads, self.outputs, self.read_in, self.stack = [], [], {}, {}, []
-        for tensor in held.values():
-            if id(tensor) not in self.known: self.put(tensor, [self.numbers.new(n) for n in tensor.shape])
-
-    def axes(self, tensor) -> list:  # a row of numbers, or None, for each axis
-        return list(self.known.get(id(tensor), [None] * tensor.ndim))
-
-    def put(self, tensor, axes):
-        self.known[id(tensor)] = axes
-        self.alive.append(tensor)  # or its id may come again
-
-    @property
-    def module(self): return self.stack[-1][1] if self.stack else None
-
-    @property
-    def why(self): return f"{self.now} in {self.stack[-1][0]!r}" if self.stack and self.stack[-1][0] else self.now
-
-    def join(self, *rows): return self.numbers.join(*rows, why=self.why)
-
-    def fix(self, ids): self.numbers.fix(ids, self.why)
-
-    def mix(self, ids):
-        if ids is not None: self.numbers.mixed.append((ids, self.why))
-
-    def loose(self, ids):
-        if ids is not None and not (self.stack and self.stack[-1][2]): self.reads.append((ids, self.why))
 
 # %% ../nbs/40_tracing.ipynb #714dc5e6
 class Tracer(_Notes, TorchDispatchMode):
