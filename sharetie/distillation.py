@@ -98,7 +98,9 @@ def _answers(teacher, x, batch_size):
 
 # %% ../nbs/41_distillation.ipynb #eb863f22
 class DistillationLoss:
-    """A loss of (scores, `Taught`): soft targets, and a part of it labels, where there are some. Classes come last.
+    """A loss of (scores, `Taught`): soft targets, and a part of it labels, where there are some.
+
+    Classes come last, whatever other axes are as long.
 
     Raises TypeError or ValueError, when made, for a temperature not above 0 and a part not from 0 to 1, when
     called, for other targets. Source: Hinton, Vinyals and Dean 2015, section 2."""
@@ -112,7 +114,8 @@ class DistillationLoss:
         need(isinstance(taught, Taught), "y", "`Taught`, as `teach` gives,", type(taught), TypeError)
         labels, shape = tensor(taught.labels, "labels", floating=False), tuple(output.shape)
         fine = labels.shape == shape[:-1]  # not so where classes are another axis
-        fine = fine or self.hard == 0 and not bool((labels != -100).any())  # no labels may come in any shape
+        first = labels.ndim == 1 and labels.shape == shape[:1]  # -100 once for an example is no label for all of its answers
+        fine = fine or first and self.hard == 0 and not bool((labels != -100).any())
         need(fine, "labels", f"one for each answer of scores of shape {shape}, with classes last,", tuple(labels.shape))
         loss = output.new_zeros(())
         if self.hard < 1: loss = (1 - self.hard) * soft_loss(output, taught.scores, self.temperature)

@@ -237,3 +237,9 @@ def test_a_teacher_that_answers_no_number():
     teacher = nn.Linear(3, 2).train()
     with pytest.raises(ValueError, match="scores of the teacher: numbers are expected, got 8 of 8 that are NaN"): teach(teacher, (torch.full((4, 3), torch.nan), None))
     assert teacher.training
+
+
+def test_classes_in_the_middle_are_refused_without_labels_too():
+    z = torch.zeros(2, 4, 3)
+    with pytest.raises(ValueError, match="classes last"): DistillationLoss()(z, Taught(torch.full((2, 3), -100), z))
+    DistillationLoss()(z, Taught(torch.full((2,), -100), z)), DistillationLoss()(z, Taught(torch.full((2, 4), -100), z))
