@@ -58,12 +58,16 @@ def body(page, bibliography):
     out = pandoc(tree, "-f", "json", "-t", "html5", "--mathml", "--citeproc", f"--bibliography={bibliography}", "--toc",
                  "--toc-depth=3", f"--template={template}", "--syntax-highlighting=none", "--email-obfuscation=none", "--wrap=none")
     toc, _, main = out.partition(SPLIT)
-    return re.sub(r' id="toc-[^"]*"', "", toc.strip()), norms(main.strip())  # the page shows it twice
+    return re.sub(r' id="toc-[^"]*"', "", toc.strip()), spaced(main.strip())  # the page shows it twice
 
 
-def norms(text):
-    "HTML with the bars of `\\|` as those of `\\lVert`: browsers set the sign that pandoc takes, of parallel lines, far from its neighbours."
-    return re.sub(r'(<mo [^>]*form="\w+"[^>]*>)∥(?=</mo>)', r"\1‖", text)
+def spaced(text):
+    """HTML with formulas set as TeX sets them: browsers put the sign that pandoc takes for the bars of `\\|`, of parallel lines,
+    far from its neighbours, and no space between a function's name and what it is applied to."""
+    text = re.sub(r'(<mo [^>]*form="\w+"[^>]*>)∥(?=</mo>)', r"\1‖", text)
+    name = r'<mrow><mi mathvariant="normal">\w+</mi><mo>&#8289;</mo></mrow>'
+    name = rf"(?<!<msub>)(?<!<msup>)(?<!<msubsup>)(?<!<munder>){name}|<msub>{name}<m[in]>[^<]*</m[in]></msub>"
+    return re.sub(rf'({name})(?=<m(?!o|space)(?!row><mo [^>]*form="prefix"))', r'\1<mspace width="0.167em"></mspace>', text)
 
 
 def open_entry(e):
@@ -98,7 +102,7 @@ def page_fields(book, page, pages):
 def inline(markdown):
     "One line of Markdown in HTML: emphasis, code and formulas."
     if not markdown: return ""
-    return norms(re.sub(r"^<p>|</p>$", "", pandoc(markdown, "-f", "markdown", "-t", "html5", "--mathml").strip()))
+    return spaced(re.sub(r"^<p>|</p>$", "", pandoc(markdown, "-f", "markdown", "-t", "html5", "--mathml").strip()))
 
 
 def chapters(pages, here):

@@ -388,6 +388,14 @@ def test_bars_of_norms_stand_close():
     assert inline(formula).count("‖") == 4 and inline(formula).count("∥") == 1 + formula.count("∥")
 
 
+def test_a_space_stands_after_the_name_of_a_function_but_not_before_a_bracket():
+    space = "<mspace "
+    for formula, spaces in ((r"\log n", 1), (r"\log p(x)", 1), (r"\log(x)", 0), (r"\exp\left(x\right)", 0), (r"\log_2 n + \max_i x_i", 2), (r"x_{\max}", 0), (r"a^{\log n}", 1)):
+        html = inline(f"${formula}$")
+        assert html.count(space) == spaces, html
+    assert inline(r"$\log_2 n$").index("</msub>") < inline(r"$\log_2 n$").index(space)
+
+
 # Tables of pandas
 
 def grid(table):
