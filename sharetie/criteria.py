@@ -8,7 +8,6 @@ __all__ = ['taylor', 'curvature_rows', 'obd', 'remember', 'rewind_']
 # %% ../nbs/40_criteria.ipynb #9faf3497
 import contextlib
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import hessian, jacrev, vmap
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import function, need, tensor, whole
 from .groups import functional
@@ -97,20 +97,19 @@ class _trainable:
 
 # %% ../nbs/40_criteria.ipynb #8c7ec918
 class _Each(torch.autograd.Function):
-    "A function of each entry, with the square of its derivative for the way back."
+    "A function of the entries of one tensor or several, with the squares of its derivatives for the way back."
     @staticmethod
-    def forward(ctx, f, x):
+    def forward(ctx, f, *tensors):
         ctx.f = f
-        ctx.save_for_backward(x)
-        return f(x)
+        ctx.save_for_backward(*tensors)
+        return f(*tensors)
 
     @staticmethod
     def backward(ctx, h):
-        x, = ctx.saved_tensors
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            slope, = torch.autograd.grad(ctx.f(x).sum(), x)
-        return None, h * slope.square()
+            apart = [t.detach().expand(h.shape).requires_grad_() for t in ctx.saved_tensors]
+            slopes = torch.autograd.grad(ctx.f(*apart).sum(), apart)
+        return None, *[(h * s.square()).sum_to_size(t.shape) for s, t in zip(slopes, ctx.saved_tensors)]
 
 
 class _Product(torch.autograd.Function):
@@ -132,10 +131,10 @@ class _Product(torch.autograd.Function):
 
 # %% ../nbs/40_criteria.ipynb #1e5095a7
 class _Mean(torch.autograd.Function):
-    "A mean of `count` entries, whose derivatives are squared for the way back."
+    "Means in which all entries of one have the same share, with the squares of the shares for the way back."
     @staticmethod
-    def forward(ctx, f, x, count):
-        ctx.f, ctx.count = f, count
+    def forward(ctx, f, x, share):
+        ctx.f, ctx.share = f, share
         ctx.save_for_backward(x)
         return f(x)
 
@@ -144,26 +143,28 @@ class _Mean(torch.autograd.Function):
         x, = ctx.saved_tensors
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            back, = torch.autograd.grad(ctx.f(x), x, h)
-        return None, back / ctx.count, None
+            back, = torch.autograd.grad(ctx.f(x), x, h * ctx.share)
+        return None, back, None
 
 # %% ../nbs/40_criteria.ipynb #7d0d6609
 _EACH = set("relu relu6 leaky_relu elu selu celu gelu silu mish softplus hardtanh sigmoid tanh hardsigmoid hardswish "
-            "logsigmoid softsign exp log sin cos square sqrt erf abs clamp pow __pow__ dropout".split())
-_PRODUCTS = set("linear matmul __matmul__ mm bmm mul __mul__ __rmul__ conv1d conv2d conv3d conv_transpose1d "
-                "conv_transpose2d conv_transpose3d".split())
+            "log_sigmoid softsign exp log sin cos square sqrt rsqrt reciprocal erf abs neg negative __neg__ clamp "
+            "clip pow __pow__ __rpow__ add __add__ __radd__ sub subtract __sub__ rsub __rsub__ mul multiply __mul__ "
+            "__rmul__ div divide true_divide __truediv__ __rdiv__ maximum minimum lerp addcmul addcdiv "
+            "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout".split())
+_PRODUCTS = set("linear matmul __matmul__ mm bmm conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
+                "conv_transpose3d".split())
 _MOVES = set("where flatten unflatten view reshape permute transpose movedim t __get__ unsqueeze squeeze expand "
-             "contiguous __getitem__ index_select select narrow chunk split unbind cat stack neg __neg__ pad sum "
-             "max min maximum minimum topk sort max_pool1d max_pool2d max_pool3d adaptive_max_pool1d "
+             "contiguous __getitem__ index_select select narrow chunk split unbind cat stack pad sum "
+             "max min topk sort max_pool1d max_pool2d max_pool3d adaptive_max_pool1d "
              "adaptive_max_pool2d embedding clone to float double masked_fill roll flip".split())
-_SUMS = set("add __add__ __radd__ sub __sub__ __rsub__".split())
 _MEANS = set("mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
              "adaptive_avg_pool3d".split())
 
 
 def _plain_name(name):
     "The name of a function, or of that which does not write into its first argument: relu for relu_, __add__ for __iadd__."
-    if name.startswith("__i") and f"__{name[3:]}" in _SUMS | _PRODUCTS | _EACH | {"__truediv__"}: return f"__{name[3:]}"
+    if name.startswith("__i") and f"__{name[3:]}" in _PRODUCTS | _EACH: return f"__{name[3:]}"
     return name if name.endswith("__") else name.rstrip("_")
 
 
@@ -179,15 +180,15 @@ class _Squares(TorchFunctionMode):
         name = _plain_name(func.__name__)
         args, kwargs = _by_position(name, args, kwargs or {})
         written = name != func.__name__ or _in_place(func, args, kwargs)
-        if not written or name in _MOVES | _SUMS: return _squared(func, name, args, kwargs)
+        if not written or name in _MOVES: return _squared(func, name, args, kwargs)
         def afresh(x, *rest, **options): return func(x.clone(), *rest, **options)
         return args[0].copy_(_squared(afresh, name, (args[0].clone(), *args[1:]), kwargs))
 
 
 def _by_position(name, args, kwargs):
     "The arguments of a function, with tensors by position where that is their usual place."
-    if name not in _EACH | _PRODUCTS | _SUMS | _MEANS: return args, kwargs
-    second = ("weight", "other", "mat2", "exponent") if name in _PRODUCTS | _SUMS | {"pow"} else ()
+    if name not in _EACH | _PRODUCTS | _MEANS: return args, kwargs
+    second = ("weight", "other", "mat2") if name in _PRODUCTS else ()
     kwargs = dict(kwargs)
     for names in (("input",), second)[len(args):]: args += tuple(kwargs.pop(n) for n in names if n in kwargs)
     return args, kwargs
@@ -195,27 +196,36 @@ def _by_position(name, args, kwargs):
 
 def _squared(func, name, args, kwargs):
     "What a function gives, with squared derivatives for the way back."
-    out, rest = func(*args, **kwargs), args[1:]
-    if not any(isinstance(o, Tensor) and o.requires_grad for o in _leaves(out)) or name in _MOVES: return out
-    if name in _SUMS:
-        if kwargs.get("alpha", 1) == 1: return out
-        return func(args[0], _Each.apply(lambda x: kwargs["alpha"] * x, args[1]))
-    if name in _EACH: return _Each.apply(lambda x: func(x, *rest, **kwargs), args[0])
+    out = func(*args, **kwargs)
+    if not any(isinstance(o, Tensor) and o.requires_grad for o in _leaves(out)): return out
+    if name in _EACH or name in ("max", "min") and _both(args, kwargs): return _each(func, args, kwargs)
+    if name in _MOVES: return out
     if name in _MEANS:
-        return _Mean.apply(lambda x: func(x, *rest, **kwargs), args[0], _count(name, args, kwargs, out))
+        share = _share(func, name, args, kwargs, out)
+        return _Mean.apply(lambda x: func(x, *args[1:], **kwargs), args[0], share)
     if name in _PRODUCTS: return _product(func, name, args, kwargs)
-    if name in ("div", "__truediv__") and not isinstance(rest[0], Tensor):
-        return _Each.apply(lambda x: x / rest[0], args[0])
     if name == "batch_norm": return _normed(args, kwargs)
     raise ValueError(f"model: {name} mixes entries in a way whose curvature one backward pass cannot follow; "
                      "obd(…, cross=True) needs no rule for it, and prune_ takes its scores")
 
+
+def _both(args, kwargs): return sum(isinstance(a, Tensor) for a in (*args, *kwargs.values())) > 1
+
 # %% ../nbs/40_criteria.ipynb #eae724b3
+def _each(func, args, kwargs):
+    "A function of entries; a tensor that is several arguments is one of them."
+    leaves, form = tree_flatten((args, kwargs))
+    tensors = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+    def f(*new):
+        put = dict(zip(tensors, new))
+        args, kwargs = tree_unflatten([put.get(id(leaf), leaf) for leaf in leaves], form)
+        return func(*args, **kwargs)
+    return _Each.apply(f, *tensors.values())
+
+
 def _product(func, name, args, kwargs):
     "A product and its bias, which is added."
     a, b, *rest = args
-    if not isinstance(b, Tensor): return _Each.apply(lambda x: func(x, b, **kwargs), a)
-    if not isinstance(a, Tensor): return _Each.apply(lambda x: func(a, x, **kwargs), b)
     if name != "linear" and not name.startswith("conv"): return _Product.apply(func, a, b)
     options = dict(kwargs)
     bias = options.pop("bias", rest.pop(0) if rest else None)
@@ -223,14 +233,29 @@ def _product(func, name, args, kwargs):
     return out if bias is None else out + bias.view(-1, *[1] * (b.ndim - 2))
 
 # %% ../nbs/40_criteria.ipynb #2fce9be6
-def _count(name, args, kwargs, out):
-    "How many entries each mean is of."
+def _share(func, name, args, kwargs, out):
+    "The share that an entry has in each mean: one over how many there are, or what the mean divides by instead."
     x = args[0]
-    if not name.startswith("avg"):
-        need(x.numel() % out.numel() == 0, "model", f"{name} of equal parts", (tuple(x.shape), tuple(out.shape)))
-        return x.numel() // out.numel()
-    size = kwargs.get("kernel_size", args[1] if len(args) > 1 else None)
-    return math.prod(size) if isinstance(size, (tuple, list)) else size ** int(name[-2])
+    if name == "mean": return out.numel() / x.numel()
+    n = int(name[-2])
+    if name.startswith("avg"): return func(torch.ones_like(x), *args[1:], **kwargs) / _entries(n, args, kwargs)
+    share = x.new_ones(())
+    for size, parts in zip(x.shape[-n:], out.shape[-n:]):
+        i = torch.arange(parts, device=x.device)
+        share = share[..., None] / (-(-(i + 1) * size // parts) - i * size // parts)
+    return share
+
+
+def _entries(n, args, kwargs):
+    "How many entries of its input, without padding, each window of an average pool has."
+    names = "input", "kernel_size", "stride", "padding", "ceil_mode"
+    own = {"stride": None, "padding": 0, "ceil_mode": False} | dict(zip(names, args)) | kwargs
+    def axes(v, first): return [first] * (n == 1) + ([v] * n if isinstance(v, int) else [*v] * (n // len(v)))
+    size, x = own["kernel_size"], torch.ones_like(own["input"])
+    stride, pool = own["stride"] or size, F.avg_pool3d if n == 3 else F.avg_pool2d
+    if n == 1: x = x[..., None, :]
+    found = pool(x, axes(size, 1), axes(stride, 1), axes(own["padding"], 0), own["ceil_mode"], divisor_override=1)
+    return found[..., 0, :] if n == 1 else found
 
 
 def _normed(args, kwargs):
@@ -241,7 +266,7 @@ def _normed(args, kwargs):
     need(fine, "model", "batch norm with fixed statistics", "one with those of the batch")
     mean, var, eps, shape = own["running_mean"], own["running_var"], own["eps"], [-1] + [1] * (own["input"].ndim - 2)
     out = _Each.apply(lambda x: F.batch_norm(x, mean, var, eps=eps), own["input"])
-    if own["weight"] is not None: out = _Product.apply(torch.mul, out, own["weight"].view(shape))
+    if own["weight"] is not None: out = _Each.apply(torch.mul, out, own["weight"].view(shape))
     return out if own["bias"] is None else out + own["bias"].view(shape)
 
 # %% ../nbs/40_criteria.ipynb #5e0bfa2b

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sharetie.checking import check_ties
-from sharetie.criteria import curvature_rows, obd, remember, rewind_, taylor
+from sharetie.criteria import _EACH, _MEANS, _MOVES, _PRODUCTS, _Squares, curvature_rows, obd, remember, rewind_, taylor
 from sharetie.masks import edges, magnitude, mask_, masks_of, prune_
 from tied import Convs, Speaker, tasks
 
@@ -342,3 +342,72 @@ def test_data_that_the_model_cannot_take(f):
 def test_advice_names_the_function_that_takes_it():
     model, data = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), (torch.rand(5, 4), torch.rand(5, 4))
     with pytest.raises(ValueError, match=r"layer_norm mixes entries .* obd\(…, cross=True\) needs no rule"): obd(model, data, F.mse_loss)
+
+
+# Every operation that has a rule, with its options, against its squared Jacobian
+
+def normal(*shape): return torch.randn(shape).double()
+
+
+def positive(*shape): return torch.rand(shape).double() + .5
+
+
+ENTRIES = {name: [(lambda x, name=name: getattr(F, name)(x), (normal(2, 6),))] for name in "relu relu6 leaky_relu elu selu celu gelu silu mish softplus hardtanh hardsigmoid hardswish softsign".split()}
+ENTRIES |= {name: [(lambda x, name=name: getattr(torch, name)(x), (positive(2, 6),))] for name in "sigmoid tanh exp log sin cos square sqrt rsqrt reciprocal erf abs neg negative".split()}
+ENTRIES |= {name: [(lambda x, name=name: getattr(F, name)(x, training=False), (normal(2, 3, 4, 4, 4)[..., 0, 0, 0] if name == "dropout" else normal(*[2, 3, 4, 4, 4][:2 + int(name[-2]) if name[-1] == "d" else 5]),))]
+            for name in "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout".split()}
+PAIRS = {name: [(lambda a, b, name=name: getattr(torch, name)(a, b), (normal(3, 4), positive(4)))] for name in "add sub subtract rsub mul multiply div divide true_divide maximum minimum".split()}
+for name in ("add", "sub", "rsub"): PAIRS[name] += [(lambda a, b, name=name: getattr(torch, name)(a, b, alpha=-3), (normal(3, 4), normal(3, 1))), (lambda a, name=name: getattr(torch, name)(a, 2, alpha=5), (normal(3),))]
+RULES = ENTRIES | PAIRS | {
+    "log_sigmoid": [(F.logsigmoid, (normal(2, 6),))],
+    "__neg__": [(lambda x: -x, (normal(3),))], "clamp": [(lambda x: x.clamp(-.5, .5), (normal(9),)), (torch.clamp, (normal(3, 4), normal(4) - 1, normal(3, 1) + 1))], "clip": [(lambda x: x.clip(0), (normal(9),))],
+    "pow": [(lambda x: x.pow(3), (normal(4),)), (torch.pow, (positive(3, 2), normal(2))), (lambda x: torch.pow(input=x, exponent=2), (normal(4),))], "__pow__": [(lambda x: x ** 3, (normal(4),)), (lambda x: x ** -1, (positive(4),))],
+    "__rpow__": [(lambda x: 2 ** x, (normal(4),))], "__add__": [(lambda a, b: a + b, (normal(3, 4), normal(4))), (lambda a: a + a, (normal(3),))], "__radd__": [(lambda x: 1 + x, (normal(4),))],
+    "__sub__": [(lambda a, b: a - b, (normal(3, 4), normal(4))), (lambda a: a - 3, (normal(3),))], "__rsub__": [(lambda x: 1 - x, (normal(4),))], "__mul__": [(lambda a, b: a * b, (normal(3, 4), normal(3, 1))), (lambda a: a * a, (normal(4),)), (lambda a: a * -3, (normal(4),))],
+    "__rmul__": [(lambda x: 3 * x, (normal(4),))], "__truediv__": [(lambda a, b: a / b, (normal(3, 4), positive(4))), (lambda a: a / 3, (normal(3),))], "__rdiv__": [(lambda x: 2 / x, (positive(4),))],
+    "lerp": [(lambda a, b: torch.lerp(a, b, .3), (normal(4), normal(4))), (torch.lerp, (normal(4), normal(4), positive(4)))], "addcmul": [(lambda a, b, c: torch.addcmul(a, b, c, value=-2), (normal(4), normal(4), normal(4)))],
+    "addcdiv": [(lambda a, b, c: torch.addcdiv(a, b, c, value=3), (normal(4), normal(4), positive(4)))],
+    "linear": [(F.linear, (normal(3, 4), normal(2, 4), normal(2))), (F.linear, (normal(2, 3, 4), normal(2, 4)))], "matmul": [(torch.matmul, (normal(3, 4), normal(4, 2))), (torch.matmul, (normal(2, 3, 4), normal(4)))], "__matmul__": [(lambda a, b: a @ b, (normal(3, 4), normal(4, 2)))],
+    "mm": [(torch.mm, (normal(3, 4), normal(4, 2)))], "bmm": [(torch.bmm, (normal(2, 3, 4), normal(2, 4, 2)))], "conv1d": [(lambda x, w, b: F.conv1d(x, w, b, 2, 1, 2), (normal(2, 3, 9), normal(4, 3, 2), normal(4)))],
+    "conv2d": [(lambda x, w, b: F.conv2d(x, w, b, padding="same", groups=2), (normal(2, 4, 4, 4), normal(4, 2, 3, 3), normal(4))), (F.conv2d, (normal(3, 4, 4), normal(2, 3, 2, 2)))], "conv3d": [(F.conv3d, (normal(1, 2, 3, 3, 3), normal(2, 2, 2, 2, 2)))],
+    "conv_transpose1d": [(lambda x, w, b: F.conv_transpose1d(x, w, b, stride=2), (normal(2, 3, 4), normal(3, 2, 3), normal(2)))], "conv_transpose2d": [(lambda x, w: F.conv_transpose2d(x, w, None, 2, 1, 1), (normal(2, 3, 3, 3), normal(3, 2, 3, 3)))],
+    "conv_transpose3d": [(F.conv_transpose3d, (normal(1, 2, 2, 2, 2), normal(2, 1, 2, 2, 2)))],
+    "where": [(lambda a, b: torch.where(a > b, a, b), (normal(3, 4), normal(4)))], "flatten": [(lambda x: x.flatten(1), (normal(2, 3, 2),))], "unflatten": [(lambda x: x.unflatten(1, (2, 3)), (normal(2, 6),))], "view": [(lambda x: x.view(-1), (normal(2, 3),))],
+    "reshape": [(lambda x: x.reshape(3, 2), (normal(2, 3),))], "permute": [(lambda x: x.permute(2, 0, 1), (normal(2, 3, 2),))], "transpose": [(lambda x: x.transpose(0, 1), (normal(2, 3),))], "movedim": [(lambda x: x.movedim(0, 1), (normal(2, 3),))],
+    "t": [(lambda x: x.t(), (normal(2, 3),))], "__get__": [(lambda x: x.mT, (normal(2, 3),))], "unsqueeze": [(lambda x: x.unsqueeze(0), (normal(3),))], "squeeze": [(lambda x: x.squeeze(0), (normal(1, 3),))], "expand": [(lambda x: x.expand(4, 3), (normal(1, 3),))],
+    "contiguous": [(lambda x: x.contiguous(), (normal(3),))], "__getitem__": [(lambda x: x[[0, 0, 2]], (normal(3, 2),)), (lambda x: x[:, None, ::2], (normal(2, 4),))], "index_select": [(lambda x: x.index_select(0, torch.tensor([1, 1])), (normal(3, 2),))],
+    "select": [(lambda x: x.select(0, 1), (normal(3, 2),))], "narrow": [(lambda x: x.narrow(0, 1, 2), (normal(3, 2),))], "chunk": [(lambda x: x.chunk(2)[1], (normal(4, 2),))], "split": [(lambda x: x.split([1, 3])[1], (normal(4, 2),))], "unbind": [(lambda x: x.unbind()[1], (normal(4, 2),))],
+    "cat": [(lambda a, b: torch.cat([a, b, a]), (normal(2), normal(3)))], "stack": [(lambda a, b: torch.stack([a, b]), (normal(2), normal(2)))], "pad": [(lambda x, mode=mode: F.pad(x, (2, 1), mode), (normal(1, 2, 4),)) for mode in ("constant", "reflect", "replicate", "circular")],
+    "sum": [(lambda x: x.sum(), (normal(3, 2),)), (lambda x: x.sum(1, keepdim=True), (normal(3, 2),))], "max": [(lambda x: x.max(), (normal(5),)), (lambda x: x.max(1)[0], (normal(2, 5),)), (lambda a: torch.max(a, other=torch.zeros(()).double()), (torch.tensor([0., 1, -1]).double(),))],
+    "min": [(lambda x: x.min(1).values, (normal(2, 5),)), (lambda a, b: a.min(b), (torch.tensor([0., 1, -1]).double(), torch.zeros(3).double()))], "topk": [(lambda x: x.topk(2)[0], (normal(5),))], "sort": [(lambda x: x.sort()[0], (normal(5),))],
+    "max_pool1d": [(lambda x: F.max_pool1d(x, 3, 1), (normal(1, 2, 6),))], "max_pool2d": [(lambda x: F.max_pool2d(x, 3, 2, 1), (normal(1, 2, 6, 6),))], "max_pool3d": [(lambda x: F.max_pool3d(x, 2), (normal(1, 1, 4, 4, 4),))], "adaptive_max_pool1d": [(lambda x: F.adaptive_max_pool1d(x, 4), (normal(1, 2, 6),))],
+    "adaptive_max_pool2d": [(lambda x: F.adaptive_max_pool2d(x, (4, 3)), (normal(1, 2, 6, 5),))], "embedding": [(lambda w: F.embedding(torch.tensor([0, 2, 2]), w), (normal(4, 3),))], "clone": [(lambda x: x.clone(), (normal(3),))], "to": [(lambda x: x.to(torch.float64), (normal(3),))],
+    "float": [(lambda x: x.float().double(), (normal(3),))], "double": [(lambda x: x.double(), (normal(3),))], "masked_fill": [(lambda x: x.masked_fill(x > 0, 1.), (normal(4),))], "roll": [(lambda x: x.roll(1), (normal(4),))], "flip": [(lambda x: x.flip(0), (normal(4),))],
+    "mean": [(lambda x: x.mean(), (normal(3, 4),)), (lambda x: x.mean((0, 2), keepdim=True), (normal(3, 4, 2),))],
+    "avg_pool1d": [(lambda x, o=o: F.avg_pool1d(x, **o), (normal(2, 3, 8),)) for o in (dict(kernel_size=3), dict(kernel_size=(3,), stride=2, padding=1, ceil_mode=True), dict(kernel_size=3, padding=1, count_include_pad=False))],
+    "avg_pool2d": [(lambda x, o=o: F.avg_pool2d(x, **o), (normal(2, 5, 6),)) for o in (dict(kernel_size=2), dict(kernel_size=(3, 2), stride=(2, 1), padding=1), dict(kernel_size=3, stride=2, padding=1, ceil_mode=True, count_include_pad=False), dict(kernel_size=2, divisor_override=-3))],
+    "avg_pool3d": [(lambda x: F.avg_pool3d(x, 2, 1, 1, True, False), (normal(1, 1, 3, 3, 3),)), (lambda x: F.avg_pool3d(x, (2, 1, 2), divisor_override=5), (normal(1, 1, 4, 3, 4),))],
+    "adaptive_avg_pool1d": [(lambda x: F.adaptive_avg_pool1d(x, 4), (normal(1, 2, 6),))], "adaptive_avg_pool2d": [(lambda x: F.adaptive_avg_pool2d(x, (4, 3)), (normal(1, 2, 6, 10),))], "adaptive_avg_pool3d": [(lambda x: F.adaptive_avg_pool3d(x, 2), (normal(1, 1, 3, 4, 5),))],
+    "batch_norm": [(lambda x, w, b: F.batch_norm(x, torch.arange(3.).double(), torch.arange(1., 4).double(), w, b), (normal(4, 3), normal(3), normal(3)))]}
+
+
+def test_every_rule_is_tried(): assert set(RULES) == _EACH | _PRODUCTS | _MEANS | _MOVES | {"batch_norm"}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_way_back_is_the_squared_jacobian(name):
+    for f, tensors in RULES[name]:
+        jacobians = torch.autograd.functional.jacobian(f, tensors)
+        tensors = [t.clone().requires_grad_() for t in tensors]
+        with _Squares(): out = f(*tensors)
+        h = positive(*out.shape)
+        for got, j, t in zip(torch.autograd.grad(out, tensors, h), jacobians, tensors):
+            torch.testing.assert_close(got, (h.flatten() @ j.reshape(h.numel(), -1).square()).view(t.shape))
+
+
+@pytest.mark.parametrize("f", [lambda h, x, m: h.neg_(), lambda h, x, m: h.sub_(x, alpha=3), lambda h, x, m: 1 - h, lambda h, x, m: torch.sub(x, h), lambda h, x, m: h.tanh() - x, lambda h, x, m: (1 - h.sigmoid()) * x])
+def test_what_is_taken_away_has_the_curvature_of_what_is_added(f):
+    data = normal(6, 3), normal(6, 2)
+    one, exact = (obd(written_like(f), data, F.mse_loss, names="b.weight", cross=cross) for cross in (False, True))
+    torch.testing.assert_close(one, exact)
+    assert obd(written_like(f), data, F.mse_loss)["a.weight"].min() >= 0
