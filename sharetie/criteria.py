@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import hessian, jacrev, vmap
+from torch.func import grad, hessian, jacrev, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -39,22 +39,22 @@ def _examples(model, data, loss):
 def taylor(
     model: nn.Module,
     data,  # (x, y)
-    loss: Callable,  # of (output, y) to a scalar, taken in evaluation mode
+    loss: Callable,  # of (output, y) to the mean over examples, taken in evaluation mode
     names: Iterable[str] | str | None = None,  # as in `edges`
+    batch_size: int | None = None,  # examples at a time; None for all
 ) -> dict[str, Tensor]:  # by name, of the shape of the weight
     """Scores |g w|, how much the loss would change without each weight, were it linear.
 
     Raises TypeError or ValueError for bad data, and as `edges` does. Source: Molchanov et al. 2017, for weights."""
     x, y = _examples(model, data, loss)
-    weights = _weights(model, names)
-    with _mode(model, False), torch.enable_grad(), _trainable(weights):
-        with _fitting("data"): value = loss(model(x), y)
-        value = _one_number(value)
-        _check_reached(value)
-        slopes = torch.autograd.grad(value, [w.tensor for w in weights.values()], allow_unused=True)
-    zeros = (w.tensor if g is None else g for w, g in zip(weights.values(), slopes))
-    return {name: (g * _seen(w)).detach().abs() if s is not None else torch.zeros_like(w.tensor)
-            for (name, w), g, s in zip(weights.items(), zeros, slopes)}
+    weights, total = _weights(model, names), []
+    tensors = [w.tensor for w in weights.values()]
+    with _mode(model, False), torch.enable_grad(), _trainable(model, tensors):
+        for x, y, share in _parts(x, y, batch_size):
+            with _fitting("data"): value = loss(model(x), y)
+            _check_reached(_one_number(value))
+            total.append([share * g for g in torch.autograd.grad(value, tensors, materialize_grads=True)])
+    return {name: (sum(own) * _seen(w)).detach().abs() for (name, w), own in zip(weights.items(), zip(*total))}
 
 # %% ../nbs/40_criteria.ipynb #f5a72c49
 def _one_number(value):
@@ -63,6 +63,12 @@ def _one_number(value):
     need(fine, "loss", "a function to one number", value)
     need(bool(value.isfinite()), "data", "examples at which the loss is finite", value.item())
     return value
+
+
+def _parts(x, y, batch_size):
+    "The examples, some at a time, and the share that these are of all."
+    n = len(y) if batch_size is None else whole(batch_size, "batch_size", 1)
+    return [(*part, len(part[1]) / len(y)) for part in zip(x.split(n), y.split(n))]
 
 
 @contextlib.contextmanager
@@ -85,15 +91,15 @@ def _eager():
 
 
 class _trainable:
-    "Weights that have gradients for a while."
-    def __init__(self, weights): self.tensors = [w.tensor for w in weights.values()]
+    "Tensors that alone have gradients for a while: what others do on their own is no matter."
+    def __init__(self, model, tensors): self.tensors, self.model = {id(t) for t in tensors}, model
 
     def __enter__(self):
-        self.before = [t.requires_grad for t in self.tensors]
-        for t in self.tensors: t.requires_grad_()
+        self.before = [(p, p.requires_grad) for p in self.model.parameters()]
+        for p, _ in self.before: p.requires_grad_(id(p) in self.tensors)
 
     def __exit__(self, *error):
-        for t, needed in zip(self.tensors, self.before): t.requires_grad_(needed)
+        for p, needed in self.before: p.requires_grad_(needed)
 
 # %% ../nbs/40_criteria.ipynb #8c7ec918
 class _Each(torch.autograd.Function):
@@ -270,20 +276,43 @@ def _normed(args, kwargs):
     return out if own["bias"] is None else out + own["bias"].view(shape)
 
 # %% ../nbs/40_criteria.ipynb #5e0bfa2b
-def _output_curvature(z, y, loss):
-    "Second derivatives of each example's loss in its outputs, (p, c, c) for c outputs."
+def _of_one(z, y, loss):
+    "Outputs and targets, and the loss as a function of one example's."
     exact = torch.promote_types(z.dtype, torch.float32)  # eigenvalues of half precision there are none
     z, y = z.to(exact), y.to(exact) if y.is_floating_point() else y
     need(bool(z.isfinite().all()), "data", "examples at which outputs are finite", "some that are NaN or infinite")
     def one(z, y): return loss(z[None], y[None])
-    try: found, each = vmap(hessian(one))(z, y), vmap(one)(z, y)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"loss: a function of one example's output and target is expected: {error}") from error
+    with _followed(): each = vmap(one)(z, y)
     need(each.ndim == 1, "loss", "a function to one number", f"{tuple(each.shape[1:])} for each example")
     need(bool(each.isfinite().all()), "data", "examples each of which has a finite loss, and so a label,", each)
     fine = torch.isclose(each.mean(), loss(z, y), rtol=1e-3, atol=1e-6)
     need(bool(fine), "loss", "a mean over examples", f"{loss(z, y):.4g} for examples of {each.mean():.4g} on average")
-    return found.reshape(len(z), z[0].numel(), z[0].numel())
+    return z, y, one
+
+
+@contextlib.contextmanager
+def _followed():
+    "Say that it was the loss that could not be derived."
+    try: yield
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"loss: a function of one example's output and target is expected: {error}") from error
+
+
+def _output_curvature(z, y, loss):
+    "Second derivatives of each example's loss in its outputs, (p, c, c) for c outputs."
+    z, y, one = _of_one(z, y, loss)
+    with _followed(): return vmap(hessian(one))(z, y).reshape(len(z), z[0].numel(), z[0].numel())
+
+
+def _output_diagonal(z, y, loss, numbers=2 ** 20):
+    "The diagonal alone, of the shape of z, for some outputs at a time: never are there more than about `numbers`."
+    z, y, one = _of_one(z, y, loss)
+    def second(v, z, y): return (v * grad(lambda z: (v * grad(one)(z, y)).sum())(z)).sum()
+    some = vmap(vmap(second, (None, 0, 0)), (0, None, None))
+    c, n = z[0].numel(), max(1, numbers // z.numel())
+    units = (F.one_hot(k, c).to(z).view(-1, *z.shape[1:]) for k in torch.arange(c, device=z.device).split(n))
+    with _followed(): return torch.cat([some(v, z, y) for v in units]).T.reshape(z.shape)
 
 # %% ../nbs/40_criteria.ipynb #0730b704
 def curvature_rows(
@@ -303,18 +332,33 @@ def curvature_rows(
     values, vectors = torch.linalg.eigh(_output_curvature(z, y, loss))
     root = values.clamp(min=0).sqrt()[:, :, None] * vectors.mT
     held = {w.places[0].name: w.tensor.detach() for w in weights.values()}
+    found, alone = _jacobians(model, held, x)
+    near = torch.allclose(alone, z.reshape(len(z), -1), 1e-2, 1e-2 * z.abs().max().item())
+    need(near, "model", "one that treats each example alone", "one whose outputs depend on the others")
+    return torch.cat([root @ j.flatten(2).to(root.dtype) for j in found.values()], 2)
+
+
+def _jacobians(model, held, x):
+    "Derivatives of each example's outputs in some tensors, by name, (p, c, …); and the outputs (p, c)."
     call = functional(model)[0]
     def output(held, x):
         out = call(held, x[None]).flatten()
         return out, out
+    with _mode(model, False), torch.no_grad():
+        try: return vmap(jacrev(output, has_aux=True), in_dims=(None, 0))(held, x)
+        except (RuntimeError, NotImplementedError): pass  # such as recurrent layers, which vmap knows no rule for
+    held, rows, alone = {name: t.clone().requires_grad_() for name, t in held.items()}, [], []
     try:
-        with _mode(model, False), torch.no_grad():
-            found, alone = vmap(jacrev(output, has_aux=True), in_dims=(None, 0))(held, x)
+        with _mode(model, False), torch.enable_grad():
+            for part in x:
+                out = output(held, part)[0]
+                alone.append(out.detach())
+                rows.append([torch.autograd.grad(o, list(held.values()), retain_graph=True, materialize_grads=True)
+                             for o in out])
     except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(f"model: one that torch.func can follow example by example is expected: {error}") from error
-    near = torch.allclose(alone, z.reshape(len(z), -1), 1e-2, 1e-2 * z.abs().max().item())
-    need(near, "model", "one that treats each example alone", "one whose outputs depend on the others")
-    return torch.cat([root @ j.flatten(2).to(root.dtype) for j in found.values()], 2)
+        raise ValueError(f"model: one that can be derived example by example is expected: {error}") from error
+    each = ([torch.stack(own) for own in zip(*part)] for part in rows)
+    return dict(zip(held, map(torch.stack, zip(*each)))), torch.stack(alone)
 
 # %% ../nbs/40_criteria.ipynb #cdf3b478
 def obd(
@@ -323,37 +367,42 @@ def obd(
     loss: Callable,  # of (output, y) to the mean over examples, taken in evaluation mode
     names: Iterable[str] | str | None = None,  # as in `edges`
     cross: bool = False,  # with the terms between units and between uses, by a pass per output
-    chunk: int = 64,  # with cross: examples at a time; memory is chunk × outputs × weights
+    batch_size: int | None = None,  # examples at a time; None for all, or 64 with `cross`
 ) -> dict[str, Tensor]:  # by name, of the shape of the weight
     """Scores h w² / 2, how much the loss would rise without each weight, by the diagonal of its curvature.
 
     The loss says which axis of the output holds classes, and each example needs as many labels as the others.
-    Raises TypeError or ValueError for bad data, a loss that is no mean over examples, layers without a rule, and as
+    Memory is that of a backward pass; with `cross` it is examples at a time × outputs × weights. Time has a part that
+    grows with the square of the outputs, for the loss. Raises TypeError or ValueError for bad data, a loss that is no
+    mean over examples, operations without a rule between these weights and the outputs (not with `cross`), and as
     `edges` does. Source: LeCun, Denker and Solla 1990; the sum over uses is theirs, `cross` is not."""
     x, y = _examples(model, data, loss)
     need(isinstance(cross, bool), "cross", "True or False", cross, TypeError)
-    weights, chunk = _weights(model, names), whole(chunk, "chunk", 1)
-    if cross: h = _exact_diagonal(model, x, y, loss, weights, chunk)
-    else: h = _backward_diagonal(model, x, y, loss, weights)
+    weights = _weights(model, names)
+    diagonal = _exact_diagonal if cross else _backward_diagonal
+    h = diagonal(model, _parts(x, y, 64 if cross and batch_size is None else batch_size), loss, weights)
     return {name: h[name] * _seen(w).detach().square() / 2 for name, w in weights.items()}
 
 
-def _backward_diagonal(model, x, y, loss, weights):
-    "Second derivatives by one backward pass of squares."
-    with _mode(model, False), torch.enable_grad(), _trainable(weights):
-        with _fitting("data"), _eager(), _Squares(): z = model(x)
-        _check_reached(z)
-        with torch.no_grad(): start = _output_curvature(z.detach(), y, loss).diagonal(dim1=1, dim2=2)
-        tensors = [w.tensor for w in weights.values()]
-        h = torch.autograd.grad(z, tensors, start.reshape(z.shape).to(z.dtype) / len(x), allow_unused=True)
-    return {name: torch.zeros_like(t) if own is None else own for name, t, own in zip(weights, tensors, h)}
+def _backward_diagonal(model, parts, loss, weights):
+    "Second derivatives by one backward pass of squares for each part of the examples."
+    tensors, total = [w.tensor for w in weights.values()], []
+    with _mode(model, False), torch.enable_grad(), _trainable(model, tensors):
+        for x, y, share in parts:
+            with _fitting("data"), _eager(), _Squares(): z = model(x)
+            _check_reached(z)
+            with torch.no_grad(): start = _output_diagonal(z.detach(), y, loss).clamp(min=0)
+            start = (start * share / len(y)).to(z.dtype)
+            total.append(torch.autograd.grad(z, tensors, start, materialize_grads=True))
+    return {name: sum(own) for name, own in zip(weights, zip(*total))}
 
 
-def _exact_diagonal(model, x, y, loss, weights, chunk):
-    "The diagonal of the Gauss-Newton matrix, chunk by chunk."
+def _exact_diagonal(model, parts, loss, weights):
+    "The diagonal of the Gauss-Newton matrix, part by part."
     total = 0
-    for part in zip(x.split(chunk), y.split(chunk)):
-        total = total + curvature_rows(model, part, loss, list(weights)).square().sum((0, 1)) / len(x)
+    for x, y, share in parts:
+        rows = curvature_rows(model, (x, y), loss, list(weights))
+        total = total + rows.square().sum((0, 1)) * (share / len(y))
     parts = total.split([w.tensor.numel() for w in weights.values()])
     return {name: part.view(w.tensor.shape) for (name, w), part in zip(weights.items(), parts)}
 

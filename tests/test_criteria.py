@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sharetie.checking import check_ties
-from sharetie.criteria import _EACH, _MEANS, _MOVES, _PRODUCTS, _Squares, curvature_rows, obd, remember, rewind_, taylor
+from sharetie.criteria import _EACH, _MEANS, _MOVES, _PRODUCTS, _output_curvature, _output_diagonal, _Squares, curvature_rows, obd, remember, rewind_, taylor
 from sharetie.masks import edges, magnitude, mask_, masks_of, prune_
 from tied import Convs, Speaker, tasks
 
@@ -89,7 +89,7 @@ def test_a_linear_model_is_scored_exactly(cross):
     x, y = torch.randn(30, 5).double(), torch.randn(30, 2).double()
     model = nn.Linear(5, 2, bias=False).double()
     with torch.no_grad(): model.weight.copy_(torch.linalg.lstsq(x, y).solution.T)
-    scores = obd(model, (x, y), F.mse_loss, cross=cross, chunk=7)["weight"]
+    scores = obd(model, (x, y), F.mse_loss, cross=cross, batch_size=7)["weight"]
     for at in itertools.product(range(2), range(5)):
         without = copy.deepcopy(model)
         with torch.no_grad(): without.weight[at] = 0
@@ -101,7 +101,7 @@ def test_cross_terms_are_the_diagonal_of_gauss_and_newton(tied):
     names = list(edges(model))
     rows = curvature_rows(model, data, loss)
     matrix = torch.einsum("pcn,pcm->nm", rows, rows) / len(data[1])
-    h = torch.cat([(2 * s / w.square()).flatten() for s, w in zip(obd(model, data, loss, cross=True, chunk=2).values(), edges(model).values())])
+    h = torch.cat([(2 * s / w.square()).flatten() for s, w in zip(obd(model, data, loss, cross=True, batch_size=2).values(), edges(model).values())])
     torch.testing.assert_close(matrix.diagonal(), h)
     assert list(obd(model, data, loss)) == list(taylor(model, data, loss)) == names
 
@@ -206,7 +206,9 @@ BAD = {
     "sum": (lambda: obd(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum()), ValueError, "a mean over examples"),
     "batch": (lambda: obd(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), GOOD, F.mse_loss), ValueError, "layer_norm mixes entries"),
     "names": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, names="wieght"), ValueError, "matches none"),
-    "chunk": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, cross=True, chunk=0), ValueError, "chunk"),
+    "batch size": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, cross=True, batch_size=0), ValueError, "batch_size"),
+    "batch size, one pass": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, batch_size=0), ValueError, "batch_size"),
+    "batch size, slope": (lambda: taylor(nn.Linear(3, 2), GOOD, F.mse_loss, batch_size=1.5), TypeError, "batch_size"),
     "cross": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, cross=1), TypeError, "True or False"),
     "recurrent": (lambda: taylor(nn.LSTM(3, 2), GOOD, F.mse_loss), ValueError, "would not see a mask"),
     "each": (lambda: taylor(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square()), ValueError, "loss: a function to one number"),
@@ -315,17 +317,51 @@ def test_a_model_that_treats_examples_together_has_no_rows_of_its_own():
         with pytest.raises(ValueError, match="treats each example alone"): criterion(Centered(3, 2), GOOD, F.mse_loss)
 
 
-def test_what_cannot_be_followed_one_by_one_is_refused():
-    class Last(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.cell, self.out = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.cell, self.out = nn.Linear(3, 3), nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2)
 
-        def forward(self, x): return self.out(self.cell(x)[0][:, -1])
+    def forward(self, x): return self.out(self.cell(self.inner(x).tanh())[0][:, -1])
 
-    data = torch.rand(4, 5, 3), torch.rand(4, 2)
-    with pytest.raises(ValueError, match="gru mixes entries"): obd(Last(), data, F.mse_loss, "out.weight")
-    with pytest.raises(ValueError, match="torch.func can follow"): obd(Last(), data, F.mse_loss, "out.weight", cross=True)
+
+def test_a_recurrent_layer_is_in_the_way_of_weights_before_it_alone():
+    "And the exact diagonal needs no rule: it is that of autograd, example by example."
+    torch.manual_seed(0)
+    model, data = Recurrent().double(), (normal(4, 5, 3), normal(4, 2))
+    with pytest.raises(ValueError, match="gru mixes entries"): obd(model, data, F.mse_loss, "inner.weight")
+    before = [p.requires_grad_(i % 2 > 0).requires_grad for i, p in enumerate(model.parameters())]
+    torch.testing.assert_close(obd(model, data, F.mse_loss, "out.weight"), obd(model, data, F.mse_loss, "out.weight", cross=True))
+    assert [p.requires_grad for p in model.parameters()] == before
+    w, total = model.inner.weight.requires_grad_(), 0
+    for x in data[0]: total = total + sum(torch.autograd.grad(o, w, retain_graph=True)[0].square() for o in model(x[None])[0]) / 4
+    torch.testing.assert_close(obd(model, data, F.mse_loss, "inner.weight", cross=True)["inner.weight"], total * w.detach().square() / 2)
+
+
+@pytest.mark.parametrize("before", [nn.LayerNorm(3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Softmax(1)])
+def test_what_comes_before_the_weights_needs_no_rule(before):
+    model, data = nn.Sequential(nn.Linear(3, 3), before, nn.Linear(3, 2)).double(), (normal(4, 3), torch.randint(2, (4,)))
+    torch.testing.assert_close(*[obd(model, data, F.cross_entropy, "2.weight", cross=cross) for cross in (False, True)])
+
+
+def test_examples_come_some_at_a_time_to_the_same_end(tied):
+    model, data, loss = tied
+    for criterion in (taylor, obd):
+        for size in (1, len(data[1]) - 1): torch.testing.assert_close(criterion(model, data, loss, batch_size=size), criterion(model, data, loss))
+
+
+def test_no_square_of_the_outputs_is_in_memory():
+    c = 3000
+    model, data = nn.Linear(2, c), (torch.ones(1, 2), torch.rand(1, c))
+    with torch.profiler.profile(profile_memory=True) as run: scores = obd(model, data, F.mse_loss)["weight"]
+    assert max(e.cpu_memory_usage for e in run.events()) < c ** 2  # bytes, where the square takes 4 c²
+    torch.testing.assert_close(scores, model.weight.detach().square() / c)
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, lambda z, y: F.cross_entropy(z.flatten(1), y.flatten(1).softmax(1))])
+def test_the_diagonal_of_the_loss_is_that_of_its_hessian(loss):
+    z, y = normal(5, 2, 3), normal(5, 2, 3)
+    torch.testing.assert_close(_output_diagonal(z, y, loss, numbers=60), _output_curvature(z, y, loss).diagonal(dim1=1, dim2=2).reshape(z.shape))
 
 
 def test_a_compiled_model_is_scored_as_it_is_written():
