@@ -374,7 +374,7 @@ def layerwise_(
     model: nn.Module,
     x: Tensor,  # (p, …) calibration inputs; no labels are needed
     sparsity: float | Mapping[str, float] | None = None,  # of each weight, one for all or by name
-    pattern: str | None = None,  # or: such as "2:4", at most two of four neighbours in a row stay
+    pattern: str | None = None,  # or: such as "2:4", at most two of four neighbours along the second axis stay
     names: Iterable[str] | str | None = None,  # as in `edges`
     method: str = "block",  # as in `prune_rows`
     cascade: bool = True,  # do layers see what the pruned ones before them put out?
@@ -420,7 +420,7 @@ def _check_options(weight, sparsity, pattern, method, damp, block):
     need(len(shape) > 1 and weight.tensor.numel() > 0, weight.name, "a weight with rows and columns", shape)
     W = weight.tensor.detach().flatten(1)
     need((sparsity is None) != (pattern is None), "layerwise_", "one of sparsity and pattern", (sparsity, pattern))
-    if pattern is not None: _read_pattern(pattern, {weight.name: W.shape})
+    if pattern is not None: _read_pattern(pattern, {weight.name: shape})
     else: _part(sparsity)
     one_of(method, "method", _METHODS), real(damp, "damp", 0)
     if block is not None: whole(block, "block", 1)
@@ -430,14 +430,20 @@ def _check_options(weight, sparsity, pattern, method, damp, block):
 def _prune_one(weight, seen, sparsity, pattern, method, damp, block):
     "New values for a weight and its biases; its mask, and a row about it."
     shape, exact = weight.tensor.shape, torch.promote_types(weight.tensor.dtype, torch.float32)
-    old = _seen(weight).flatten(1).to(exact, copy=True)
-    hessian, known = seen.hessian.to(old.dtype), None if weight.mask is None else weight.mask.mask.flatten(1)
+    order = torch.arange(shape[1:].numel(), device=weight.tensor.device).view(shape[1:])
+    if pattern is not None: order = order.movedim(0, -1)  # channels are neighbours in a pattern, not taps
+    order = order.flatten()
+    old = _seen(weight).flatten(1)[:, order].to(exact, copy=True)
+    hessian = seen.hessian[order[:, None], order].to(old.dtype)
+    known = None if weight.mask is None else weight.mask.mask.flatten(1)[:, order]
     if seen.counts is not None:
         hessian = hessian + torch.diag_embed(seen.counts[:, None].to(old.dtype).expand(-1, old.shape[1]))
+    wanted, got = ("differ between examples", "equal ones") if seen.means else ("are not all 0", "zeros")
+    need(bool(hessian.any()), "x", f"examples at which the inputs of {weight.name!r} {wanted}", got)
     new, mask = prune_rows(old, hessian, sparsity, pattern, method, known, damp, block)
-    change = old - new
-    for bias, mean in seen.means: bias += change @ mean.to(change.dtype)
-    weight.tensor.copy_(new.view(shape))
+    change, back = old - new, order.argsort()
+    for bias, mean in seen.means: bias += change @ mean[order].to(change.dtype)
+    weight.tensor.copy_(new[:, back].view(shape))
     def size(w): return (w[:, None] @ hessian * w[:, None]).sum().item()
     error = size(change) / max(size(old), torch.finfo(torch.float32).tiny)
-    return mask.view(shape), [mask.numel(), int(mask.sum()), error]
+    return mask[:, back].view(shape), [mask.numel(), int(mask.sum()), error]

@@ -15,6 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .binding import _Whole
 from .errors import function, match_names, need, one_of, real, tensor, warn, whole
@@ -112,6 +114,10 @@ def _check_weight(model, weight, pseudo):
         if _maps(place) is not None and _mask_in(place) is None and name not in mapped:
             raise ValueError(f"{name}: is computed by {type(place.owner[0]).__name__} already; name other weights, or "
                              "remove that parametrization first")
+        for hook in place.owner._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)) and place.attribute.rpartition("_")[0] == hook.name:
+                raise ValueError(f"{name}: is what {type(hook).__name__} computes {hook.name!r} from; name other "
+                                 "weights, or remove the norm first, as torch.nn.utils can")
         if place.name in pseudo:
             raise ValueError(f"{name}: shares its memory with another Parameter; retie_(model) makes them one first")
 
@@ -127,7 +133,9 @@ def _weights(model, names=None):
         need(fine, "names", "a list of names or patterns", names, TypeError)
         patterns = [names] if isinstance(names, str) else list(names)
         chosen = [first[name] for pattern in patterns for name in match_names(first, pattern, "names")]
-    need(chosen, "names", "at least one weight with two axes or more", list(found))
+    makers = {type(p.owner[0]).__name__ for w in found.values() for p in w.places if _maps(p) and not _mask_in(p)}
+    wanted = "at least one weight with two axes or more" + "".join(f", not computed by {k}," for k in sorted(makers))
+    need(chosen, "names", wanted, list(found))
     pseudo = {name for tie in find_ties(model).pseudo for name in tie.names}
     for name in dict.fromkeys(chosen): _check_weight(model, found[name], pseudo)
     return {name: found[name] for name in dict.fromkeys(chosen)}
@@ -272,12 +280,11 @@ def _read_pattern(pattern, shapes):
     "A pattern \"n:m\" as two numbers, which every row can be cut into."
     need(isinstance(pattern, str), "pattern", 'text such as "2:4", or None', pattern, TypeError)
     n, found, m = pattern.partition(":")
-    fine = bool(found) and n.isdigit() and m.isdigit() and 0 < int(n) < int(m)
+    fine = bool(found) and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)
     need(fine, "pattern", 'n of m neighbours, such as "2:4",', pattern)
     for name, shape in shapes.items():
-        row = math.prod(shape[1:])
-        need(len(shape) > 1 and row % int(m) == 0, "pattern", f"rows of {name!r} whose length is a multiple of {m}",
-             tuple(shape))
+        fine = len(shape) > 1 and shape[1] % int(m) == 0
+        need(fine, "pattern", f"{name!r} with a second axis whose length is a multiple of {m}", tuple(shape))
     return int(n), int(m)
 
 
@@ -309,7 +316,7 @@ def _kept(scores, sparsity, scope):
 def _thresholded(scores, threshold):
     "Masks of what is at least a threshold, one for all weights or one for each."
     if not isinstance(threshold, Mapping): threshold = dict.fromkeys(scores, threshold)
-    for name in scores: one_of(name, "scores", threshold)
+    for name in scores: need(name in threshold, "threshold", f"a number for {name!r} too", [*threshold])
     return {name: s >= real(threshold[name], f"threshold[{name!r}]") for name, s in scores.items()}
 
 # %% ../nbs/40_masks.ipynb #32291039
@@ -319,7 +326,7 @@ def prune_(
     sparsity: float | None = None,  # part of the entries that is out afterwards, from 0 to below 1
     threshold: float | Mapping[str, float] | None = None,  # or: scores below go; one for all, or by name
     scope: str = "layer",  # sparsity of each "layer", or of all together, "global"
-    pattern: str | None = None,  # or: such as "2:4", at most two of four neighbours in a row stay
+    pattern: str | None = None,  # or: such as "2:4", at most two of four neighbours along the second axis stay
 ) -> nn.Module:  # the same model
     """Take the entries with the lowest scores out of the scored weights, for good.
 
@@ -331,7 +338,7 @@ def prune_(
     one_of(scope, "scope", ["layer", "global"])
     if pattern is not None:
         n, m = _read_pattern(pattern, {name: s.shape for name, s in scores.items()})
-        masks = {name: _by_pattern(s, n, m) for name, s in scores.items()}
+        masks = {name: _by_pattern(s.movedim(1, -1), n, m).movedim(-1, 1) for name, s in scores.items()}
     elif sparsity is None: masks = _thresholded(scores, threshold)
     else: masks = _kept(scores, _part(sparsity), scope)
     _warn_empty(masks)

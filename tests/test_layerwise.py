@@ -301,9 +301,29 @@ def test_patterns_and_modes():
     model, x = network()
     model.requires_grad_(False)
     layerwise_(model, x, pattern="2:4")
-    for w in edges(model).values(): assert ((w != 0).view(-1, 4).sum(1) <= 2).all()
+    for w in edges(model).values(): assert ((w != 0).movedim(1, -1).reshape(-1, 4).sum(1) <= 2).all()
     assert model.training and not any(p.requires_grad for p in model.parameters())
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_a_convolution_is_pruned_along_its_channels_as_a_linear_layer_of_its_patches():
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 5, 3).double(), torch.randn(6, 4, 5, 5).double()
+    patches = torch.stack([x[:, :, i:i + 3, j:j + 3] for i in range(3) for j in range(3)], 1).movedim(2, -1).flatten(2).flatten(0, 1)
+    linear = nn.Linear(36, 5).double()
+    with torch.no_grad():
+        linear.weight.copy_(conv.weight.movedim(1, -1).flatten(1))
+        linear.bias.copy_(conv.bias)
+    layerwise_(conv, x, pattern="2:4")
+    layerwise_(linear, patches, pattern="2:4")
+    torch.testing.assert_close(conv.weight.movedim(1, -1).flatten(1), linear.weight)
+    torch.testing.assert_close(conv.bias, linear.bias)
+
+
+def test_a_dead_layer_is_named():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].bias.data.fill_(-100)
+    with pytest.raises(ValueError, match="x: examples at which the inputs of '2.weight' differ"): layerwise_(model, torch.rand(5, 3), .5)
 
 
 def test_half_precision_is_pruned_in_single():
@@ -324,7 +344,7 @@ NET = {"sparsity 1": (dict(sparsity=1.), ValueError, "below 1"), "none": (dict()
        "a bias": (dict(sparsity=.5, names="*"), ValueError, "0.bias: a weight with rows and columns"), "a pattern of a bias": (dict(pattern="2:4", names="2*"), ValueError, "2.bias: a weight with rows"), "unknown": (dict(sparsity={"1.weight": .5}), ValueError, "one of '0.weight'"),
        "empty": (dict(sparsity=.5, x=torch.rand(0, 8)), ValueError, "at least one element"), "nan": (dict(sparsity=.5, x=torch.full((3, 8), torch.nan)), ValueError, "finite"),
        "shape": (dict(sparsity=.5, x=torch.rand(3, 7)), ValueError, "x: what the model can take"), "a number": (dict(sparsity=.5, x=torch.rand(3)), ValueError, "x: what the model can take"),
-       "zeros": (dict(sparsity=.5, x=torch.zeros(3, 8)), ValueError, "not all 0"), "no tensor": (dict(sparsity=.5, x=3), TypeError, "x: a tensor")}
+       "zeros": (dict(sparsity=.5, x=torch.zeros(3, 8)), ValueError, "x: examples at which the inputs of '0.weight' differ"), "no tensor": (dict(sparsity=.5, x=3), TypeError, "x: a tensor")}
 
 
 @pytest.mark.parametrize("name", NET)

@@ -277,9 +277,18 @@ def test_patterns(pattern, n, m):
     model = nn.Conv2d(4, 3, 2)
     scores = {"weight": torch.rand(model.weight.shape)}
     prune_(model, scores, pattern=pattern)
-    mask, s = masks_of(model)["weight"].view(-1, m), scores["weight"].view(-1, m)
+    mask, s = (t["weight"].movedim(1, -1).reshape(-1, m) for t in (masks_of(model), scores))  # along the input channels
     assert (mask.sum(1) == n).all()
     for row, own in zip(mask, s): assert own[row].min() >= own[~row].max()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm, name", [(nn.utils.weight_norm, "weight_g"), (nn.utils.weight_norm, "weight_v"), (nn.utils.spectral_norm, "weight_orig")])
+def test_what_a_norm_is_computed_from_is_no_weight_to_prune(norm, name):
+    model = nn.Sequential(norm(nn.Linear(3, 4)), nn.Linear(4, 2))
+    for names in (None, f"0.{name}"):
+        with pytest.raises(ValueError, match=r"0.weight_\w+: is what (Weight|Spectral)Norm computes 'weight' from; name other weights"): edges(model, names)
+    assert list(edges(model, "1.weight")) == ["1.weight"]
 
 
 def test_thresholds_follow_the_deviation():
@@ -330,8 +339,9 @@ BAD = {
     "no way": (lambda m: prune_(m, magnitude(m)), ValueError, "one of sparsity, threshold and pattern is expected, got 'none'"),
     "scope": (lambda m: prune_(m, magnitude(m), .5, scope="all"), ValueError, "scope: one of 'layer', 'global' is expected, got 'all'"),
     "pattern": (lambda m: prune_(m, magnitude(m), pattern="4:2"), ValueError, 'pattern: n of m neighbours, such as "2:4", is expected, got \'4:2\''),
-    "row": (lambda m: prune_(m, magnitude(m), pattern="2:4"), ValueError, "pattern: rows of '0.weight' whose length is a multiple of 4 is expected, got (8, 6)"),
-    "threshold": (lambda m: prune_(m, magnitude(m), threshold={"0.weight": 1.}), ValueError, "scores: one of '0.weight' is expected, got '2.weight'"),
+    "row": (lambda m: prune_(m, magnitude(m), pattern="2:4"), ValueError, "pattern: '0.weight' with a second axis whose length is a multiple of 4 is expected, got (8, 6)"),
+    "threshold": (lambda m: prune_(m, magnitude(m), threshold={"0.weight": 1.}), ValueError, "threshold: a number for '2.weight' too is expected, got ['0.weight']"),
+    "no digits": (lambda m: prune_(m, magnitude(m), pattern="²:4"), ValueError, "pattern: n of m neighbours"),
     "mask": (lambda m: mask_(m, {"0.weight": torch.ones(8, 6)}), TypeError, "masks['0.weight']: a tensor of bool is expected"),
     "bias": (lambda m: edges(m, ["0.bais"]), ValueError, "the nearest is '0.bias'"),
     "names": (lambda m: edges(m, 3), TypeError, "names: a list of names or patterns is expected, got 3"),
