@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import need, one_of, real, tensor, whole
 from .finding import places
-from .nodes import Probe, _count, _inputs, _no_loss, _positions, _read_axis, _weight
+from .nodes import Probe, _batches, _count, _inputs, _no_loss, _positions, _read_axis, _weight
 from .shrinking import chosen_units, remove_units_
 from .surgery import sites
 from .tracing import _traced, trace_units
@@ -30,9 +30,10 @@ def _reading(model, graph, units):
         if not np.isin(own, list(units)).any(): continue
         module = model.get_submodule(name)
         w = module._parameters.get("weight")
-        tied = w is None or uses.count(id(w)) > 1 or getattr(module, "groups", 1) > 1
-        if tied: raise ValueError(f"model: {name}.weight is tied, computed or in groups, and merging would change it "
-                                  "in its other roles; remove without merging, or untie_ it")
+        why = ("is masked or computed, and has no values of its own to change; make_permanent_ masks, or merge=False" if w is None else
+               "is tied, and merging would change it in its other roles; merge=False, or untie_ it" if uses.count(id(w)) > 1 else
+               "is in groups, which read units apart; merge=False" if getattr(module, "groups", 1) > 1 else None)
+        if why: raise ValueError(f"model: {name}.weight {why}")
         rows.append((name, module))
     for unit in units:
         if unit in graph.loose: raise ValueError(f"model: units are read by {graph.loose[unit]}, which cannot take over")
@@ -138,33 +139,48 @@ def prune_units_(
     x,  # examples, from which merging learns
     merge: bool = True,  # let readers make up for what goes by least squares?
     optimizer: torch.optim.Optimizer | None = None,  # whose state is cut too
+    batch_size: int | None = None,  # examples at a time; None for all
 ) -> dict[str, float]:  # by layer that reads, the part of what it read that is lost, squared
     """Remove units, after their readers have learned to do without them. Without `merge` they just go.
 
     Raises as `remove_units_` does, for no examples, for some that make a reader read NaN or infinity, and for units
     whose reading weights are tied; then nothing has changed. Source: Mariet and Sra 2016, for the merge."""
-    for t in tree_leaves(x): need(isinstance(t, Tensor) and t.ndim and len(t), "x", "a tensor of one example or more", t)
+    leaves = tree_leaves(x)
+    for t in leaves: need(isinstance(t, Tensor) and t.ndim and len(t), "x", "a tensor of one example or more", t)
     inputs = tree_map(lambda t: t[:2], x)
     graph = _traced(model, [inputs], "x")
     gone = chosen_units(graph, units)
     readers = _reading(model, graph, gone) if merge and gone else []
-    seen = _inputs(model, graph, [name for name, _ in readers], lambda: model(x))
+    rows, groups = {}, {name: _positions(graph.readers[name][1]) for name, _ in readers}
+    for part in _batches(x, len(leaves[0]), batch_size):
+        for name, seen in _inputs(model, graph, list(groups), lambda: model(part)).items():
+            tensor(seen, f"x, as {name!r} reads it", finite=True)
+            new = [_columns(seen, at) for _, at in groups[name]]
+            rows[name] = [*map(_joined, rows[name], new)] if name in rows else new
     lost, new = {}, []
     for name, module in readers:
-        tensor(seen[name], f"x, as {name!r} reads it", finite=True)
-        weight, lost[name] = _taught(module, seen[name], _positions(graph.readers[name][1]), gone)
+        weight, lost[name] = _taught(module, rows[name], groups[name], gone)
         new.append(weight)
     with _Weights([module for _, module in readers], new): remove_units_(model, units, inputs, optimizer=optimizer)
     return lost
 
+
+def _columns(seen, at):
+    "What is read of units at places (units, places), a column for each unit."
+    return seen[:, torch.as_tensor(at, device=seen.device)].double().movedim(-1, -2).flatten(0, 1)
+
+
+def _joined(rows, more):
+    "No more rows than columns, with the inner products of all columns that rows and more rows have: least squares see no other."
+    return torch.linalg.qr(torch.cat([rows, more]), mode="r").R
+
 # %% ../nbs/40_merging.ipynb #3bb21280
-def _taught(module, seen, groups, gone):
+def _taught(module, rows, groups, gone):
     "A reader's weight that does without some units, and the part of their squared outputs that is lost."
     weight, lost, total = _weight(module).detach().double().clone(), 0., 0.
-    for units, at in groups:  # those that are read at more places are no help to those that are read at fewer
-        at, out = (torch.from_numpy(v).to(seen.device) for v in (at, np.isin(units, list(gone))))
+    for v, (units, at) in zip(rows, groups):  # those that are read at more places are no help to those that are read at fewer
+        at, out = (torch.from_numpy(t).to(v.device) for t in (at, np.isin(units, list(gone))))
         if not out.any(): continue
-        v = seen[:, at].double().movedim(-1, -2).flatten(0, 1)
         fit, target = v[:, ~out], v[:, out]
         b = _regression(fit, target)
         weight[at[~out]] += torch.einsum("kp,pm...->km...", b, weight[at[out]])
@@ -271,19 +287,24 @@ def diverse(
     layers: Iterable[str] | None = None,  # None for all that can be pruned
     beta: float | None = None,  # of `similarity_kernel`
     generator: torch.Generator | None = None,  # for a draw; None for the greedy search
+    batch_size: int | None = None,  # examples at a time; None for all
 ) -> dict[str, list[int]]:  # by layer, the units to remove
     """All but a diverse set of each layer's units.
 
     Raises TypeError or ValueError for bad arguments and layers that cannot be pruned. Source: Mariet and Sra 2016."""
-    probe, gone = Probe(model, data, _no_loss, layers), {}
+    probe, gone = Probe(model, data, _no_loss, layers, batch_size=batch_size), {}
     real(part, "part", 0, 1)
     for name in probe.layers:
         own, index = _once(probe.graph.layers[name])
         at = {reader: _places(probe.graph, reader, own) for reader in probe.graph.readers}
         reader = next((reader for reader, places in at.items() if places is not None), None)
         need(reader is not None, "layers", "a layer whose units are all read by one layer", name)
-        seen = _inputs(model, probe.graph, [reader], lambda: model(probe.x))[reader]
-        kernel = similarity_kernel(seen[:, at[reader].to(seen.device)].movedim(-1, -2).flatten(0, 1), beta)
+        rows, n = None, 0
+        for x, _, _ in probe.parts:
+            seen = _inputs(model, probe.graph, [reader], lambda: model(x))[reader]
+            new = _columns(seen, at[reader])
+            rows, n = new if rows is None else _joined(rows, new), n + len(new)
+        kernel = similarity_kernel(rows, 10 / n if beta is None else beta)
         k = max(1, len(own) - _count(part, len(own)))
         keep = greedy_map(kernel, k) if generator is None else sample_kdpp(kernel, k, generator)
         gone[name] = np.delete(index, keep).tolist()

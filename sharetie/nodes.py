@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from .criteria import _fitting
-from .errors import function, need, one_of, real, tensor
+from .errors import function, need, one_of, real, tensor, whole
 from .shrinking import chosen_units
 from .tracing import UnitGraph, _traced, plain_forward
 
@@ -41,7 +41,8 @@ def _layers(graph, layers):
     "The layers asked for, or all that can be pruned."
     if layers is None:
         found = prunable(graph)
-        need(found, "model", "one with a layer whose units can be removed", "none; see trace_units(model, x).table()")
+        need(found, "model", "one with a layer whose units can all be removed and are read by layers alone",
+             "none; see trace_units(model, x).table(), and name layers to learn why not")
         return found
     layers = [layers] if isinstance(layers, str) else list(layers)
     need(layers, "layers", "at least one name", layers)
@@ -54,6 +55,12 @@ def _layers(graph, layers):
     return layers
 
 # %% ../nbs/40_nodes.ipynb #cdcb9923
+def _batches(data, n, batch_size):
+    "The first axis of all tensors in data, n long, some at a time."
+    size = n if batch_size is None else whole(batch_size, "batch_size", 1)
+    return [tree_map(lambda t: t[i:i + size], data) for i in range(0, n, size)]
+
+
 class Probe:
     "A model whose units have gains, on the data that they are judged by."
     def __init__(self,
@@ -62,12 +69,14 @@ class Probe:
         loss: Callable,  # of (output, y) to a scalar
         layers: Iterable[str] | None = None,  # to look at; None for all that can be pruned
         without: Mapping[str, Iterable] | None = None,  # units that are as good as gone
+        batch_size: int | None = None,  # examples at a time; None for all
     ):
         fine = isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)
         need(fine, "data", "a pair (x, y)", data, TypeError)
         need(len(data[1]), "data", "at least one example", len(data[1]))
-        self.model, (self.x, self.y), self.loss = model, data, function(loss, "loss", ["output", "y"])
-        self.graph = _traced(model, [tree_map(lambda t: t[:2], self.x)], "data")
+        self.model, (x, y), self.loss = model, data, function(loss, "loss", ["output", "y"])
+        self.graph = _traced(model, [tree_map(lambda t: t[:2], x)], "data")
+        self.parts = [(x, y, len(y) / len(data[1])) for x, y in _batches((x, y), len(y), batch_size)]
         self.layers = _layers(self.graph, layers)
         gone = chosen_units(self.graph, without or {})
         units = dict.fromkeys([int(u) for name in self.layers for u in self.graph.layers[name]] + sorted(gone))
@@ -76,8 +85,8 @@ class Probe:
         self.start = p.new_ones(len(self.units)).detach()
         for u in gone: self.start[self.units[u]] = 0
 
-    def run(self, gains):
-        "The loss under gains, a tensor with one for each unit."
+    def run(self, gains, parts=None):
+        "The loss under gains, a tensor with one for each unit; of all examples, or of some parts."
         hooks, padded = [], torch.cat([gains, gains.new_ones(1)])
         modules = dict(self.model.named_modules())
         for name, (d, own) in self.graph.readers.items():
@@ -87,9 +96,15 @@ class Probe:
             def read(module, inputs, factor=factor): return (inputs[0] * factor, *inputs[1:])
             hooks.append(modules[name].register_forward_pre_hook(read))
         try:
-            with _fitting("data"): return self.loss(self.model(self.x), self.y)
+            with _fitting("data"): return sum(share * self._loss(x, y) for x, y, share in parts or self.parts)
         finally:
             for hook in hooks: hook.remove()
+
+    def _loss(self, x, y):
+        value = self.loss(self.model(x), y)
+        fine = isinstance(value, Tensor) and value.numel() == 1
+        need(fine, "loss", "a function to one number", value)
+        return value
 
     def left(self) -> list[int]:
         "The places among the gains of the units that are not gone."
@@ -107,11 +122,12 @@ def brute_force(
     loss: Callable,  # of (output, y) to a scalar
     layers: Iterable[str] | None = None,  # None for all that can be pruned
     without: Mapping[str, Iterable] | None = None,  # units that are as good as gone
+    batch_size: int | None = None,  # examples at a time; None for all
 ) -> dict[str, Tensor]:  # by layer, the rise of the loss when a unit is removed
     """How much the loss rises without each unit, measured.
 
     Raises TypeError or ValueError for bad arguments and layers that cannot be pruned. Source: Wolfe et al. 2017."""
-    probe = Probe(model, data, loss, layers, without)
+    probe = Probe(model, data, loss, layers, without, batch_size)
     with plain_forward(model):
         now, gains = probe.run(probe.start), probe.start.clone()
         rises = torch.zeros_like(gains, dtype=now.dtype)
@@ -122,17 +138,20 @@ def brute_force(
     return probe.scores(rises)
 
 # %% ../nbs/40_nodes.ipynb #98248848
-def _taylor(order, model, data, loss, layers, without):
+def _taylor(order, model, data, loss, layers, without, batch_size):
     "The first or the first two terms of the loss's series in each gain."
-    probe = Probe(model, data, loss, layers, without)
+    probe = Probe(model, data, loss, layers, without, batch_size)
     plain = sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext()  # fused attention has one derivative
+    total = torch.zeros_like(probe.start)
     with plain_forward(model), torch.enable_grad(), plain:
-        gains = probe.start.clone().requires_grad_()
-        slope, = torch.autograd.grad(probe.run(gains), gains, create_graph=order == 2)
-        bend = torch.zeros_like(slope)
-        if order == 2 and slope.requires_grad:
-            for k in probe.left(): bend[k] = _bend(slope, gains, k)
-    return probe.scores(bend / 2 - slope)
+        for part in probe.parts:
+            gains = probe.start.clone().requires_grad_()
+            slope, = torch.autograd.grad(probe.run(gains, [part]), gains, create_graph=order == 2)
+            bend = torch.zeros_like(slope)
+            if order == 2 and slope.requires_grad:
+                for k in probe.left(): bend[k] = _bend(slope, gains, k)
+            total += (bend / 2 - slope).detach()
+    return probe.scores(total)
 
 
 def _bend(slope, gains, k):
@@ -142,18 +161,18 @@ def _bend(slope, gains, k):
         raise ValueError(f"model: one that can be derived twice is expected, got one that cannot: {error}") from error
 
 # %% ../nbs/40_nodes.ipynb #5d9fec2e
-def taylor1(model: nn.Module, data, loss: Callable, layers=None, without=None) -> dict[str, Tensor]:
+def taylor1(model: nn.Module, data, loss: Callable, layers=None, without=None, batch_size=None) -> dict[str, Tensor]:
     """How much the loss would rise without each unit, were it linear in the unit's gain.
 
     Arguments and errors as of `brute_force`. Source: Wolfe et al. 2017."""
-    return _taylor(1, model, data, loss, layers, without)
+    return _taylor(1, model, data, loss, layers, without, batch_size)
 
 
-def taylor2(model: nn.Module, data, loss: Callable, layers=None, without=None) -> dict[str, Tensor]:
+def taylor2(model: nn.Module, data, loss: Callable, layers=None, without=None, batch_size=None) -> dict[str, Tensor]:
     """The same, were it quadratic: exact for a quadratic loss and units that are read linearly.
 
     Arguments and errors as of `brute_force`. Source: Wolfe et al. 2017."""
-    return _taylor(2, model, data, loss, layers, without)
+    return _taylor(2, model, data, loss, layers, without, batch_size)
 
 # %% ../nbs/40_nodes.ipynb #353a10a4
 def _inputs(model, graph, names, call):
@@ -192,7 +211,10 @@ def _weight(module):
 def _unit_sizes(probe):
     "(Mean size of weights that read, root mean square of what is read) of every unit, both (units,)."
     readers = {n: own for n, (_, own) in probe.graph.readers.items() if any(int(u) in probe.units for u in own)}
-    inputs = _inputs(probe.model, probe.graph, readers, lambda: probe.run(probe.start))
+    squares, rows = dict.fromkeys(readers, 0), dict.fromkeys(readers, 0)
+    for part in probe.parts:
+        for name, x in _inputs(probe.model, probe.graph, readers, lambda: probe.run(probe.start, [part])).items():
+            squares[name], rows[name] = squares[name] + x.double().square().sum(0), rows[name] + len(x)
     modules = dict(probe.model.named_modules())
     read, size, count = (torch.zeros_like(probe.start, dtype=torch.float64) for _ in range(3))  # squares overflow in half
     for name, own in readers.items():
@@ -200,26 +222,28 @@ def _unit_sizes(probe):
         some = at >= 0
         weight = _weight(modules[name]).detach().double().abs().flatten(1).mean(1)
         if len(weight) < len(at): weight = weight.repeat(len(at) // len(weight))  # a convolution in groups
-        square = inputs[name].double().square().mean(0)
+        square = squares[name] / rows[name]
         for total, values in ((read, weight), (size, square), (count, torch.ones_like(square))):
             total.index_add_(0, at[some], values[some])
     return (read / count).to(probe.start), (size / count).sqrt().to(probe.start)
 
 # %% ../nbs/40_nodes.ipynb #e4e96be7
-def onorm(model: nn.Module, data, loss=None, layers=None, without=None, scaled: bool = True) -> dict[str, Tensor]:
+def onorm(
+    model: nn.Module, data, loss=None, layers=None, without=None, scaled: bool = True, batch_size=None,
+) -> dict[str, Tensor]:
     """The mean size of the weights that read a unit, times the size of what they read if `scaled`.
 
     Arguments and errors as of `brute_force`; the loss is not used. Source: He et al. 2014, without the factor."""
-    probe = Probe(model, data, loss or _no_loss, layers, without)
+    probe = Probe(model, data, loss or _no_loss, layers, without, batch_size)
     read, size = _unit_sizes(probe)
     return probe.scores(read * size if scaled else read)
 
 
-def activity(model: nn.Module, data, loss=None, layers=None, without=None) -> dict[str, Tensor]:
+def activity(model: nn.Module, data, loss=None, layers=None, without=None, batch_size=None) -> dict[str, Tensor]:
     """The root mean square of each unit's output.
 
     Arguments and errors as of `brute_force`; the loss is not used."""
-    probe = Probe(model, data, loss or _no_loss, layers, without)
+    probe = Probe(model, data, loss or _no_loss, layers, without, batch_size)
     return probe.scores(_unit_sizes(probe)[1])
 
 
@@ -272,8 +296,8 @@ def by_size(
 ) -> Callable:  # another criterion
     "A criterion whose scores have lost their sign. Raises TypeError for no function."
     function(criterion, "criterion")
-    def sized(model, data, loss, layers=None, without=None):
-        return {name: values.abs() for name, values in criterion(model, data, loss, layers, without).items()}
+    def sized(model, data, loss, layers=None, without=None, **options):
+        return {name: values.abs() for name, values in criterion(model, data, loss, layers, without, **options).items()}
     return sized
 
 # %% ../nbs/40_nodes.ipynb #78e9ccb7
@@ -284,16 +308,18 @@ def removal_curve(
     criterion: Callable,  # such as `brute_force`
     layers: Iterable[str] | None = None,  # None for all that can be pruned
     again: bool = True,  # rank again after each removal?
+    batch_size: int | None = None,  # examples at a time, for the criterion too; None for all
 ) -> pd.DataFrame:  # a row per removal, none first: layer, unit, part (removed), loss
     """Remove units one by one, the least first, until each layer has one, and see how the loss grows.
 
     Raises as the criterion does, and for scores that are NaN. Source: Wolfe et al. 2017, algorithms 1 and 2."""
     function(criterion, "criterion", ["model", "data", "loss", "layers", "without"])
-    probe, gone = Probe(model, data, loss, layers), {}
+    probe, gone = Probe(model, data, loss, layers, batch_size=batch_size), {}
+    options = {} if batch_size is None else {"batch_size": batch_size}
     gains, rows, scores = probe.start.clone(), [("", -1)], None
     with plain_forward(model): losses = [probe.run(gains).item()]
     while rank := _left(probe, gains):
-        if again or scores is None: _check_scores(scores := criterion(model, data, loss, probe.layers, gone))
+        if again or scores is None: _check_scores(scores := criterion(model, data, loss, probe.layers, gone, **options))
         name, i, k = min(rank, key=lambda row: float(scores[row[0]][row[1]]))
         gone.setdefault(name, []).append(i)
         gains[k] = 0

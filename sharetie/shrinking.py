@@ -45,13 +45,21 @@ def chosen_units(
     need(isinstance(units, Mapping), "units", "a dictionary of units by layer", units, TypeError)
     chosen = set()
     for name, which in units.items():
-        own = graph.layers[one_of(name, "units", graph.layers)]
+        own = graph.layers[_layer_name(name, graph)]
         for i in _indices(which, f"units[{name!r}]", len(own)):
             _check_free(graph, f"units[{name!r}]", i, own[i], exact)
             chosen.add(int(own[i]))
     return chosen
 
 # %% ../nbs/40_shrinking.ipynb #6c145c69
+def _layer_name(name, graph):
+    "The name of a layer; an error says whose a weight's name is."
+    path = name.rpartition(".")[0] if isinstance(name, str) else ""
+    if name not in graph.layers and path in graph.layers:
+        raise ValueError(f"units: a layer is expected, got {name!r}; did you mean {path!r}?")
+    return one_of(name, "units", graph.layers)
+
+
 def _check_free(graph, argument, i, unit, exact):
     "Raise where a unit cannot be removed."
     why, mean = graph.fixed.get(unit), graph.mixed.get(unit)
@@ -95,7 +103,9 @@ def _state_cuts(optimizer, held, cuts):
     if optimizer is None: return []
     fine = isinstance(optimizer, torch.optim.Optimizer)
     need(fine, "optimizer", "a torch optimizer", type(optimizer), TypeError)
-    rows = []
+    known, rows = {id(p) for group in optimizer.param_groups for p in group["params"]}, []
+    ours = not known or any(id(t) in known for t in held.values())
+    need(ours, "optimizer", "one of parameters of this model", "one of others")
     for name, axes in cuts.items():
         state = optimizer.state.get(held[name], {})
         for key, t in state.items():
@@ -103,7 +113,6 @@ def _state_cuts(optimizer, held, cuts):
             fine = t.shape == held[name].shape
             need(fine, "optimizer", f"a state {key!r} of {name!r} in the shape of the weight", tuple(t.shape))
             rows.append((state, key, _cut(t, axes)))
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     foreign = [key for p, state in optimizer.state.items() for key, t in state.items()
                if id(p) in known and isinstance(t, Tensor) and t.ndim == 1 and t.numel() > p.numel()]
     need(not foreign, "optimizer", "one with a state per parameter", foreign)

@@ -424,3 +424,18 @@ def test_every_method_keeps_ties_or_refuses(kind, method):
 def test_examples_that_the_model_cannot_take():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
     with pytest.raises(ValueError, match="x: what the model can take"): prune_units_(model, {"0": [0]}, torch.zeros(4, 5))
+
+
+@pytest.mark.parametrize("size", [1, 4, 50])
+def test_examples_come_some_at_a_time_to_the_same_end(size):
+    "Also where a batch has fewer examples than units, and where one unit is another's copy."
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 3)).double(), torch.randn(23, 4).double()
+    with torch.no_grad(): model[0].weight[8], model[0].bias[8] = model[0].weight[7], model[0].bias[7]
+    one, parts = copy.deepcopy(model), copy.deepcopy(model)
+    lost, lost_parts = prune_units_(one, {"0": [1, 3, 8]}, x)["2"], prune_units_(parts, {"0": [1, 3, 8]}, x, batch_size=size)["2"]
+    assert lost_parts == pytest.approx(lost)
+    torch.testing.assert_close(parts[2].weight, one[2].weight)
+    for generator in (lambda: None, lambda: torch.Generator().manual_seed(1)):
+        assert diverse(model, (x, x), .4, generator=generator(), batch_size=size) == diverse(model, (x, x), .4, generator=generator())
+    with pytest.raises(ValueError, match="batch_size"): prune_units_(model, {"0": [1]}, x, batch_size=0)

@@ -234,7 +234,7 @@ def test_bad_scores():
 
 
 def test_models_with_nothing_to_prune():
-    with pytest.raises(ValueError, match="a layer whose units can be removed"): brute_force(nn.Linear(3, 2), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss)
+    with pytest.raises(ValueError, match="a layer whose units can all be removed"): brute_force(nn.Linear(3, 2), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss)
     class Loose(nn.Module):
         def __init__(self):
             super().__init__()
@@ -383,3 +383,21 @@ def test_a_model_that_cannot_be_derived_twice():
 @pytest.mark.parametrize("criterion", ["taylor1", None, lambda model: 0])
 def test_a_curve_needs_a_criterion(criterion):
     with pytest.raises(TypeError, match="criterion: a function of"): removal_curve(mlp(), (torch.ones(2, 6), torch.ones(2, 3)), F.mse_loss, criterion)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("name", MODELS)
+def test_examples_come_some_at_a_time_to_the_same_end(name, criterion):
+    model, data, layer = setting(name)
+    scores = CRITERIA[criterion](model, data, F.mse_loss, layer)[layer]
+    for size in (1, 3): torch.testing.assert_close(CRITERIA[criterion](model, data, F.mse_loss, layer, batch_size=size)[layer], scores)
+    if name == "mlp" and criterion != "brute_force":
+        tables = [removal_curve(model, data, F.mse_loss, by_size(CRITERIA[criterion]), batch_size=size) for size in (None, 2)]
+        assert tables[0]["unit"].equals(tables[1]["unit"]) and np.allclose(tables[0]["loss"], tables[1]["loss"])
+
+
+@pytest.mark.parametrize("criterion", [brute_force, taylor1, taylor2])
+def test_a_loss_is_one_number_and_a_batch_one_example_or_more(criterion):
+    model, data, _ = setting("mlp")
+    with pytest.raises(ValueError, match="loss: a function to one number"): criterion(model, data, lambda output, y: (output - y).square())
+    with pytest.raises(ValueError, match="batch_size: "): criterion(model, data, F.mse_loss, batch_size=0)
