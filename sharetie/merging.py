@@ -30,10 +30,11 @@ def _reading(model, graph, units):
         if not np.isin(own, list(units)).any(): continue
         module = model.get_submodule(name)
         w = module._parameters.get("weight")
-        why = ("is masked or computed, and has no values of its own to change; make_permanent_ masks, or merge=False" if w is None else
-               "is tied, and merging would change it in its other roles; merge=False, or untie_ it" if uses.count(id(w)) > 1 else
-               "is in groups, which read units apart; merge=False" if getattr(module, "groups", 1) > 1 else None)
-        if why: raise ValueError(f"model: {name}.weight {why}")
+        why = None
+        if w is None: why = "masked or computed, so merging cannot change it; make_permanent_ ends masks"
+        elif uses.count(id(w)) > 1: why = "tied, and merging would change it in its other roles; untie_ ends ties"
+        elif getattr(module, "groups", 1) > 1: why = "in groups, which merging does not know"
+        if why: raise ValueError(f"model: {name}.weight is {why}; prune_units_(…, merge=False) needs no change of it")
         rows.append((name, module))
     for unit in units:
         if unit in graph.loose: raise ValueError(f"model: units are read by {graph.loose[unit]}, which cannot take over")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sharetie.masks import magnitude, prune_
 from sharetie.merging import diverse, greedy_map, merge_similar_, prune_units_, sample_kdpp, similarity_kernel
 from sharetie.nodes import brute_force, least
 from sharetie.results import set_seed
@@ -439,3 +440,12 @@ def test_examples_come_some_at_a_time_to_the_same_end(size):
     for generator in (lambda: None, lambda: torch.Generator().manual_seed(1)):
         assert diverse(model, (x, x), .4, generator=generator(), batch_size=size) == diverse(model, (x, x), .4, generator=generator())
     with pytest.raises(ValueError, match="batch_size"): prune_units_(model, {"0": [1]}, x, batch_size=0)
+
+
+@pytest.mark.parametrize("change, words", [(lambda m: prune_(m, magnitude(m), .5), "2.weight is masked or computed, .* make_permanent_"),
+    (lambda m: tie_(m, ["0.weight", "2.weight"], map=Transpose()), "2.weight is (tied|masked or computed), ")])
+def test_the_reader_that_cannot_be_taught_says_why(change, words):
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4)), torch.randn(9, 4)
+    change(model)
+    with pytest.raises(ValueError, match=words): prune_units_(model, {"0": [1]}, x)
+    prune_units_(model, {"0": [1]}, x, merge=False)

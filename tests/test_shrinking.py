@@ -383,3 +383,11 @@ def test_inputs_that_the_model_cannot_take_change_nothing():
     before = {n: t.clone() for n, t in model.state_dict().items()}
     with pytest.raises(ValueError, match="inputs: what the model can take"): remove_units_(model, {"a": [0]}, torch.zeros(2, 9))
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_weight_is_no_layer_and_an_optimizer_of_others_no_help():
+    make = lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    model, x = make(), torch.randn(3, 4)
+    with pytest.raises(ValueError, match=r"units: a layer is expected, got '0.weight'; did you mean '0'\?"): remove_units_(model, {"0.weight": [1]}, x)
+    with pytest.raises(ValueError, match="optimizer: one of parameters of this model"): remove_units_(model, {"0": [1]}, x, optimizer=torch.optim.Adam(make().parameters()))
+    assert model[0].out_features == 5
