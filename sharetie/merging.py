@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import need, one_of, real, tensor, whole
 from .finding import places
+from .masks import Mask
 from .nodes import Probe, _batches, _count, _inputs, _no_loss, _positions, _read_axis, _weight
 from .shrinking import chosen_units, remove_units_
 from .surgery import sites
@@ -31,8 +33,10 @@ def _reading(model, graph, units):
         module = model.get_submodule(name)
         w = module._parameters.get("weight")
         why = None
-        if w is None: why = "masked or computed, so merging cannot change it; make_permanent_ ends masks"
-        elif uses.count(id(w)) > 1: why = "tied, and merging would change it in its other roles; untie_ ends ties"
+        masked = w is None and is_parametrized(module, "weight") and type(module.parametrizations.weight[0]) is Mask
+        if masked: why = "masked, and merging would have to change it; make_permanent_ ends masks"
+        elif w is None or uses.count(id(w)) > 1:
+            why = "tied or computed, and merging would change it in its other roles; untie_ ends ties"
         elif getattr(module, "groups", 1) > 1: why = "in groups, which merging does not know"
         if why: raise ValueError(f"model: {name}.weight is {why}; prune_units_(…, merge=False) needs no change of it")
         rows.append((name, module))
