@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from .binding import Broken, BrokenTie
-from .checkpoint import CODES, Checkpoint, Entry, _Held, _open_safetensors, check_tensor, file_path, pieces
-from .checkpoint import raw_bytes, write_tensors
+from .checkpoint import _COMPRESSED, CODES, Checkpoint, Entry, _Held, _open_safetensors, check_tensor, file_path
+from .checkpoint import pieces, raw_bytes, write_tensors
 from .codebooks import _lookups, decode_
 from .coding import _cost, _number, _read_number, _skipped, _table, from_gaps, from_stream, to_gaps, to_stream
 from .errors import need, tensor, whole
@@ -204,7 +204,7 @@ def from_record(
     return found.values() if isinstance(found, Scaled) else found
 
 # %% ../nbs/42_archive.ipynb #2eb2e03e
-NOTE, FORMAT = "sharetie.archive", 1
+NOTE, FORMAT = _COMPRESSED, 1
 
 
 def _json(value): return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

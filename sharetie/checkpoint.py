@@ -94,6 +94,7 @@ def find_derived(
 
 # %% ../nbs/02_checkpoint.ipynb #b223058d
 KEY, VERSION = "sharetie", 1
+_COMPRESSED = "sharetie.archive"  # a key of files whose tensors are codes
 _MAPS = {"Transpose": Transpose, "Reshape": Reshape, "Scale": Scale, "Slice": Slice}
 
 
@@ -374,7 +375,7 @@ def _refuted(held, derived, name, source, kind, map):
 class Checkpoint:
     """A checkpoint to be read name by name: a safetensors file, an index of such, or a file of `torch.save`.
 
-    Raises OSError for what is not there, ValueError for damaged, foreign and unsafe files."""
+    Raises OSError for what is not there, ValueError for damaged, foreign, unsafe and compressed files."""
     def __init__(self,
         path: str | Path,
     ):
@@ -389,7 +390,11 @@ class Checkpoint:
         self.hints = {name: Derived(source) for name, source in self.metadata.items()  # of safetensors' save_model
                       if source in self.entries and name not in {KEY, *self.entries, *self.derived}}
 
-    def _opened(self): return _open(self.path)
+    def _opened(self):
+        held = _open(self.path)
+        if _COMPRESSED not in held.metadata: return held
+        raise ValueError(f"{self.path}: weights are expected, got a compressed file, which holds codes of them; "
+                         "Archive(path) of sharetie.compression, or the command sharetie decompress, reads it")
 
     @property
     def names(self) -> list[str]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -12,14 +13,17 @@ import constriction
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from sharetie.archive import NOTE, Archive, Scaled, _bits, _checksum, decompress, from_record, save_archive, to_record, write_archive
 from sharetie.checkpoint import Checkpoint, write_tensors
 from sharetie.codebooks import cluster_
+from sharetie.command import main
 from sharetie.finding import Transpose, find_ties
 from sharetie.making import tie_
 from sharetie.masks import magnitude, prune_
@@ -279,7 +283,7 @@ def test_every_damaged_byte_and_every_cut_is_refused(tmp_path):
 
 def rewritten(path, change, stored=None):
     "The file with its note changed, and a check that fits."
-    metadata = Checkpoint(path).metadata
+    with safe_open(path, "pt") as file: metadata = file.metadata()
     stored = load_file(path) if stored is None else stored
     note = json.loads(metadata[NOTE])
     del note["check"]
@@ -367,6 +371,24 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError, match=f"any key but '{NOTE}'"): write_archive(path, {"a": torch.ones(2)}, {NOTE: ""}, force=True)
     with pytest.raises(TypeError, match="a module"): save_archive({"a": torch.ones(2)}, path, force=True)
     assert path.read_bytes() == data and [*tmp_path.iterdir()] == [path]
+
+
+COMPRESSED = "weights are expected, got a compressed file, which holds codes of them; Archive.* sharetie decompress, reads it"
+
+
+@pytest.mark.parametrize("words", [["ties", "small"], ["dedup", "small", "small", "--force"], ["dedup", "small", "new"],
+                                   ["compress", "small", "small", "--force", "--recipe", "r.json"], ["compress", "small", "new", "--recipe", "r.json"]])
+def test_a_compressed_file_is_not_taken_for_weights(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    data = small(tmp_path).read_bytes()
+    (tmp_path / "r.json").write_text('[{"stage": "code"}]')
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and re.fullmatch(f"Error: small: {COMPRESSED}\n", done.output), done.output
+    assert {p.name for p in tmp_path.iterdir()} == {"small", "r.json"} and (tmp_path / "small").read_bytes() == data
+
+
+def test_a_model_is_not_loaded_from_the_path_of_a_compressed_file(tmp_path):
+    with pytest.raises(ValueError, match=f"small: {COMPRESSED}"): load_model(nn.Linear(2, 2), small(tmp_path))
 
 
 def test_other_loaders_see_plain_entries(tmp_path):
