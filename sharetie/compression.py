@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import asdict
 from glob import escape
 from importlib import import_module
@@ -39,7 +39,7 @@ from .clusters import *
 from .codebooks import *
 from .coding import *
 from .command import _plainly, _size
-from .errors import need, warn
+from .errors import function, need
 from .factors import *
 from .hashing import *
 from .pieces import *
@@ -47,10 +47,10 @@ from .priors import *
 from .products import *
 from .quantization import *
 from .recipes import *
-from .recipes import _at, _Run
+from .recipes import _Ahead, _at, _Run
 from .results import _tqdm
 from .saving import load_model, save_model
-from .scores import _leaves, evaluate
+from .scores import _check_data, _leaves, evaluate
 
 # %% ../nbs/42_compression.ipynb #1248e0c4
 _all_ = [
@@ -68,6 +68,10 @@ _all_ = [
 
 # %% ../nbs/42_compression.ipynb #8c7fe817
 _PART = "sharetie.compress"
+_MASK = "sharetie.mask."
+
+
+def _masks(run): return {_MASK + name: mask.to(torch.uint8) for name, mask in run.pruned.items()}
 
 
 def _digest(data):
@@ -80,9 +84,11 @@ def _settings(run, rows, test, metrics):
     "What a file of an interrupted run has to agree with."
     tensors, ties = run.contents()
     frozen = [name for name, p in run.model.named_parameters() if not p.requires_grad]
-    model = {"ties": ties, "pruned": run.pruned, "frozen": frozen, "kinds": [type(m).__name__ for m in run.model.modules()]}
+    kinds = [type(m).__name__ for m in run.model.modules()]
+    model = _checksum({"ties": ties, "clustered": run.clustered, "frozen": frozen, "kinds": kinds}, tensors | _masks(run))
     data = [_digest(run.data), _digest(test) if metrics else None]
-    return json.loads(_json({"recipe": rows, "model": _checksum(model, tensors), "data": data, "metrics": [*metrics]}))
+    loss = getattr(run.loss, "__qualname__", type(run.loss).__qualname__)
+    return json.loads(_json({"recipe": rows, "model": model, "data": data, "loss": loss, "metrics": [*metrics]}))
 
 
 def _epochs_file(part, i, run, settings):
@@ -95,8 +101,8 @@ def _save(run, part, settings, table):
     "Write all that a run has come to."
     tensors, ties = run.contents()
     settings = settings | {"recipe": settings["recipe"][: len(table) - 1]}
-    note = settings | {"table": table, "pruned": run.pruned, "clustered": run.clustered, "forms": [*run.forms], "coded": run.coded}
-    write_archive(part, tensors, ties | {_PART: json.dumps(note, ensure_ascii=False)}, entropy=False, force=True)
+    note = settings | {"table": table, "pruned": [*run.pruned], "clustered": run.clustered, "forms": [*run.forms], "coded": run.coded}
+    write_archive(part, tensors | _masks(run), ties | {_PART: json.dumps(note, ensure_ascii=False)}, entropy=False, force=True)
 
 
 def _resume(run, part, settings):
@@ -105,10 +111,11 @@ def _resume(run, part, settings):
     try: note = json.loads(archive.metadata[_PART])
     except (KeyError, ValueError) as error: raise ValueError(f"{part}: no file of an interrupted run; move it away") from error
     now = settings | {"recipe": settings["recipe"][: len(note["table"]) - 1]}
-    for key in now:
+    for key in ("recipe", "model", "data", "loss", "metrics"):
         if note.get(key) != now[key]: raise ValueError(f"{part}: is of another run, its {key} differs; remove it, or name another target")
-    load_model(run.model, archive)
-    run.pruned, run.clustered, run.coded = note["pruned"], note["clustered"], note["coded"]
+    load_model(run.model, archive, strict=False)  # it holds masks, too
+    run.clustered, run.coded = note["clustered"], note["coded"]
+    run.pruned = {name: archive[_MASK + name].bool().to(run.model.get_parameter(name).device) for name in note["pruned"]}
     run.forms = {name: archive.form(name) for name in note["forms"]}
     return note["table"]
 
@@ -128,18 +135,19 @@ def compress(
     """Compress a model by a recipe, to one file; an interrupted run goes on where it was, to the same bytes.
 
     Raises FileExistsError unless `force`, OSError for a folder; ValueError or TypeError, before anything runs, for what
-    `read_recipe` refuses, names of no weights and missing data; as the stages do, with the file as before.
+    `read_recipe` refuses, names of no weights, missing data, and weights that a stage cannot treat or keep while it
+    trains; as the stages do, with the file as before.
     Source: Han et al. 2016."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     fine = metrics is None or isinstance(metrics, Mapping) and all(map(callable, metrics.values()))
     need(fine, "metrics", "a dictionary of functions by name", metrics, TypeError)
     stages, path, metrics = read_recipe(recipe), _target(path, force), dict(metrics or {})
-    _check_data(stages, data, loss)
+    _need_data(stages, data, loss)
     test = getattr(data, "test", None) if test is None else test
     need(test is not None or not metrics, "test", "data for the metrics", test)
     run, part = _Run(model, data, loss, progress), path.with_name(f"{path.name}.part")
     names = [{"stage": next(n for n, kind in STAGES.items() if type(s) is kind)} | asdict(s) for s in stages]
-    _check_weights(stages, run)
+    _look_ahead(stages, run)
     settings = _settings(run, names, test, metrics)
     table = _resume(run, part, settings) if part.exists() else [_measured(run, "dense", test, metrics)]
     done = len(table) - 1
@@ -154,21 +162,26 @@ def compress(
     return _as_table(table)
 
 # %% ../nbs/42_compression.ipynb #807b0737
-def _check_data(stages, data, loss):
+def _need_data(stages, data, loss):
     "Raise unless there are data for the stages that train."
     trains = next((s for s in stages if getattr(s, "epochs", 0)), None)
-    if trains is not None and (data is None or loss is None):
+    if trains is None: return
+    if data is None or loss is None:
         raise ValueError(f"data: data and a loss (at the command line: --task) are expected for {type(trains).__name__}, which trains")
+    data = getattr(data, "train", data)
+    _check_data("data", data, "(x, y), a Split, a Dataset or a DataLoader")
+    sized = isinstance(data, DataLoader) and isinstance(data.dataset, Sized)
+    need(not sized or len(data.dataset), "data", "at least one example", 0)
+    function(loss, "loss", ["output", "y"])
 
 
-def _check_weights(stages, run):
-    "Raise for stages that name no weights, or such as a stage before has treated."
-    taken = run.taken
+def _look_ahead(stages, run):
+    "Raise for what a stage will refuse, as far as it is known before one has run."
+    ahead = _Ahead(run)
     for i, stage in enumerate(stages):
-        if not hasattr(stage, "weights"): continue
-        with _at(f"recipe[{i}]"): found = stage.weights(run.model, taken)
-        if not found: warn(f"recipe[{i}]: every weight has a codebook or scales; 'quantize' finds nothing to do")
-        if not isinstance(stage, Prune): taken += found
+        ahead.at = f"recipe[{i}]"
+        if hasattr(stage, "check"):
+            with _at(ahead.at): stage.check(ahead)
 
 
 def _measured(run, stage, test, metrics):
@@ -227,7 +240,7 @@ def _compress_file(source, target, recipe, task, force):
     "Compress a file of weights; the table of the stages."
     stages, source = read_recipe(recipe), file_path(source, "source")
     model, data, loss = _task(task) if task else (_bare(Checkpoint(source)), None, None)
-    _check_data(stages, data, loss)
+    _need_data(stages, data, loss)
     load_model(model, source, restore_ties=True)
     metrics = {"loss": loss} if hasattr(data, "test") else None
     return compress(model, data, loss, recipe, target, metrics=metrics, force=force)

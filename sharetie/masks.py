@@ -98,17 +98,17 @@ def _all_weights(model):
     return found
 
 # %% ../nbs/40_masks.ipynb #b7a1f4c2
-def _check_weight(model, weight, pseudo):
-    "Raise where a weight cannot be masked in all of its places."
+def _check_weight(model, weight, pseudo, masked=True):
+    "Raise where a weight cannot be masked, or changed in its memory, in all of its places."
     t, mapped = weight.tensor, {n for d in declared_ties(model) if d.map is not None for n in d.names[1:]}
     need(not nn.parameter.is_lazy(t) and not t.is_meta, weight.name, "a weight with values", type(t))
     need(t.is_floating_point(), weight.name, "a weight of floating point numbers", t)
     for place, name in zip(weight.places, weight.names):
         if isinstance(place.owner, torch.jit.ScriptModule):
             raise ValueError(f"{name}: belongs to a script, which cannot change; prune the model first, then script it")
-        if getattr(place.owner, "sparse", False):
+        if masked and getattr(place.owner, "sparse", False):
             raise ValueError(f"{name}: belongs to a table with sparse gradients, which pass no mask; give it sparse=False")
-        if isinstance(place.owner, nn.RNNBase):
+        if masked and isinstance(place.owner, nn.RNNBase):
             raise ValueError(f"{name}: belongs to {type(place.owner).__name__}, which reads its weights from a list "
                              "of its own and would not see a mask; name other weights, or build it of cells")
         if _maps(place) is not None and _mask_in(place) is None and name not in mapped:
@@ -122,8 +122,8 @@ def _check_weight(model, weight, pseudo):
             raise ValueError(f"{name}: shares its memory with another Parameter; retie_(model) makes them one first")
 
 # %% ../nbs/40_masks.ipynb #9ab5afa8
-def _weights(model, names=None):
-    "The weights that are asked for, by first name; errors for those that cannot be masked."
+def _weights(model, names=None, masked=True):
+    "The weights that are asked for, by first name; errors for those that cannot be masked, or changed in their memory."
     _changeable(model)
     found = _all_weights(model)
     first = {name: weight.name for weight in found.values() for name in weight.names}
@@ -137,7 +137,7 @@ def _weights(model, names=None):
     wanted = "at least one weight with two axes or more" + "".join(f", not computed by {k}," for k in sorted(makers))
     need(chosen, "names", wanted, list(found))
     pseudo = {name for tie in find_ties(model).pseudo for name in tie.names}
-    for name in dict.fromkeys(chosen): _check_weight(model, found[name], pseudo)
+    for name in dict.fromkeys(chosen): _check_weight(model, found[name], pseudo, masked)
     return {name: found[name] for name in dict.fromkeys(chosen)}
 
 

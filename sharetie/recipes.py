@@ -20,21 +20,34 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .archive import Scaled, _plain_
-from .codebooks import cluster_, decode_
-from .errors import need, one_of, real, whole
-from .masks import Mask, _attach, _part, _weights, edges, magnitude, make_permanent_, mask_, masks_of, prune_
+from .codebooks import _check_padding, _chosen, _lookups, _plan, cluster_
+from .errors import need, one_of, real, tensor, warn, whole
+from .finding import module_paths
+from .masks import Mask, _all_weights, _attach, _kept, _part, _warn_empty, _weights, mask_, masks_of
 from .quantization import FakeQuantize, _check, quantize
 from .saving import _contents
-from .train import fit
+from .train import _trainable, fit
+
+# %% ../nbs/42_recipes.ipynb #ef6ee67d
+def _kept_of(model):
+    "The masks of a model and the names of its codebooks; the model becomes plain."
+    masks, books = masks_of(model), {}
+    for (lookup, codebook), [(owner, attribute), *_] in _lookups(model).items():
+        name = next(f"{path}.{attribute}".lstrip(".") for path, module in module_paths(model) if module is owner)
+        books.setdefault(id(codebook), {})[name] = lookup.zero
+    _plain_(model)
+    first = {name: weight.name for weight in _all_weights(model).values() for name in weight.names}
+    masks |= {first[name]: model.get_parameter(name).detach() != 0 for book in books.values() for name in book if book[name]}
+    return masks, [[first[name] for name in book] for book in books.values()]
 
 # %% ../nbs/42_recipes.ipynb #be152dfb
 class _Run:
     "A model on its way, plain, and what is to be kept of its weights."
     def __init__(self, model, data=None, loss=None, progress=False):
         self.model, self.data, self.loss, self.progress = copy.deepcopy(model), data, loss, progress
-        self.pruned, self.clustered, self.forms, self.coded = [*masks_of(self.model)], [], {}, False
+        self.pruned, self.clustered = _kept_of(self.model)  # masks by name, and the names of each codebook
+        self.forms, self.coded = {}, False
         self.checkpoint = None  # a file for the epochs of a stage
-        _plain_(self.model)
 
     @property
     def taken(self):
@@ -42,16 +55,17 @@ class _Run:
         return [name for names in self.clustered for name in names] + [*self.forms]
 
     def hold(self, but=()):
-        "Put masks and codebooks on, as the weights have them now."
-        weights = edges(self.model, self.pruned + self.taken) if self.pruned or self.taken else {}
-        masks = {name: weights[name] != 0 for name in self.pruned if name not in (*self.taken, *but)}
+        "Put masks on, and codebooks as the weights have them now."
+        masks = {name: mask for name, mask in self.pruned.items() if name not in (*self.taken, *but)}
         if masks: mask_(self.model, masks)
         for names in self.clustered:
-            values, zero = torch.cat([weights[name].flatten() for name in names]), self.zero(names)
-            k = len((values[values != 0] if zero else values).unique())
-            cluster_(self.model, k, names, "across" if len(names) > 1 else "layer", zero=zero)
+            values = torch.cat([self.model.get_parameter(name).detach().flatten() for name in names])
+            k = len((values[values != 0] if self.zero(names) else values).unique())
+            cluster_(self.model, k, names, "across" if len(names) > 1 else "layer", zero=self.zero(names))
 
-    def zero(self, names): return any(name in self.pruned for name in names)
+    def zero(self, names):
+        "Was anything taken out of these weights?"
+        return any(not self.pruned[name].all() for name in names if name in self.pruned)
 
     def contents(self):
         "What a file of the model holds, and its ties."
@@ -62,8 +76,8 @@ class _Run:
 # %% ../nbs/42_recipes.ipynb #a79e109f
 def _each(model, value, names=None, taken=()):
     "An option by the names of the weights that it is for, each stored one once."
-    if isinstance(value, Mapping): found = {name: v for pattern, v in value.items() for name in edges(model, pattern)}
-    else: found = {name: value for name in edges(model, names) if names is not None or name not in taken}
+    if isinstance(value, Mapping): found = {name: v for pattern, v in value.items() for name in _weights(model, pattern, masked=False)}
+    else: found = {name: value for name in _weights(model, names, masked=False) if names is not None or name not in taken}
     clash = [name for name in found if name in taken]
     need(not clash, "names", "weights without a codebook or scales", clash)
     need(found, "names", "at least one weight without a codebook or scales", names)
@@ -75,7 +89,35 @@ def _check_each(value, check, names):
     for one in value.values() if isinstance(value, Mapping) else [value]: check(one)
     need(names is None or not isinstance(value, Mapping), "names", "None with options by name", names)
 
+# %% ../nbs/42_recipes.ipynb #91858ce8
+class _Ahead:
+    "What is known of the weights of a run before it begins."
+    def __init__(self, run):
+        self.model, self.taken, self.trains, self.at = run.model, run.taken, False, "recipe"
+        self.clustered = [name for names in run.clustered for name in names]
+        self.left = {name: int(mask.sum()) for name, mask in run.pruned.items()}
 
+    def prune(self, name, part):
+        "Take in that a part of a weight will be out."
+        size = self.model.get_parameter(name).numel()
+        self.left[name] = min(self.left.get(name, size), size - round(part * size))
+
+    def values(self, name):
+        "The most values that a weight can have then, without the zero of what was taken out."
+        weight = self.model.get_parameter(name)
+        left = self.left.get(name, weight.numel())
+        if self.trains and weight.requires_grad: return left
+        return min(left, len((weight[weight != 0] if left < weight.numel() else weight).detach().unique()))
+
+    def train(self, wanted=()):
+        "Raise where nothing trains, or where training cannot keep what was done to a weight."
+        _trainable(self.model)
+        held = [*self.left, *self.taken, *wanted]
+        if held: _weights(self.model, held)
+        if self.clustered: _chosen(self.model, self.clustered)
+        self.trains = True
+
+# %% ../nbs/42_recipes.ipynb #410c7f2a
 @dataclass(frozen=True)
 class Prune:
     "Take out the weights of the least magnitude."
@@ -90,14 +132,22 @@ class Prune:
 
     def weights(self, model, taken): return _each(model, self.sparsity, self.names)
 
+    def check(self, ahead):
+        for name, part in self.weights(ahead.model, ahead.taken).items():
+            ahead.prune(name, part if self.scope == "layer" else 0)
+
     def __call__(self, run):
-        wanted = self.weights(run.model, run.taken)
-        scores = magnitude(run.model, names=[*wanted])
-        if self.scope == "global": prune_(run.model, scores, self.sparsity, scope="global")
-        else:
-            for name, part in wanted.items(): prune_(run.model, {name: scores[name]}, part)
-        make_permanent_(run.model)
-        run.pruned = [*dict.fromkeys([*run.pruned, *wanted])]
+        wanted, scores = self.weights(run.model, run.taken), {}
+        weights = {name: weight.tensor.detach() for name, weight in _weights(run.model, wanted, masked=False).items()}
+        for name, weight in weights.items():
+            gone = ~run.pruned[name] if name in run.pruned else torch.zeros_like(weight, dtype=torch.bool)
+            scores[name] = tensor(weight, name, finite=True).abs().masked_fill(gone, -torch.inf)
+        if self.scope == "global": masks = _kept(scores, self.sparsity, "global")
+        else: masks = {name: _kept({name: scores[name]}, part, "layer")[name] for name, part in wanted.items()}
+        _warn_empty(masks)
+        for name, mask in masks.items():
+            run.pruned[name] = mask & run.pruned[name] if name in run.pruned else mask
+            weights[name].masked_fill_(~mask, 0)
 
 # %% ../nbs/42_recipes.ipynb #707afbbb
 @dataclass(frozen=True)
@@ -116,12 +166,26 @@ class Cluster:
 
     def weights(self, model, taken): return _each(model, self.k, self.names, taken)
 
+    def groups(self, wanted): return [[*wanted]] if self.scope == "across" else [[name] for name in wanted]
+
+    def check(self, ahead):
+        wanted = self.weights(ahead.model, ahead.taken)
+        for names in self.groups(wanted):
+            weights, most = [ahead.model.get_parameter(name) for name in names], sum(map(ahead.values, names))
+            need(wanted[names[0]] <= most, f"{names[0]}: k", f"a number of at most {most}, the number of distinct values,", wanted[names[0]])
+            need(len({(w.dtype, w.device) for w in weights}) == 1, "scope", "'layer' for weights of several types or devices", self.scope)
+        ahead.taken, ahead.clustered = [*ahead.taken, *wanted], [*ahead.clustered, *wanted]
+
+    @torch.no_grad()
     def __call__(self, run):
         wanted = self.weights(run.model, run.taken)
-        groups = [[*wanted]] if self.scope == "across" else [[name] for name in wanted]
-        for names in groups: cluster_(run.model, wanted[names[0]], names, self.scope, zero=run.zero(names), init=self.init)
-        decode_(run.model)
-        run.clustered = run.clustered + groups
+        for names in self.groups(wanted):
+            groups = [weight.places for weight in _weights(run.model, names, masked=False).values()]
+            source, members = _plan(groups, wanted[names[0]], None, self.init, run.zero(names), None)
+            for places, lookup in members:
+                _check_padding(places, lookup, source)
+                places[0].tensor.copy_(lookup(source))
+            run.clustered = [*run.clustered, names]
 
 # %% ../nbs/42_recipes.ipynb #9058d110
 @dataclass(frozen=True)
@@ -139,6 +203,8 @@ class Tune:
         for name in ("lr", "decay"): real(getattr(self, name), name, above=0)
 
     _may_rest = False
+
+    def check(self, ahead): ahead.train()
 
     def __call__(self, run):
         run.hold()
@@ -179,14 +245,21 @@ class Quantize(Tune):
     _may_rest = True
 
     def weights(self, model, taken):
-        done = self.names is None and all(name in taken for name in edges(model))
+        done = self.names is None and all(name in taken for name in _weights(model, masked=False))
         return {} if done else _each(model, self.bits, self.names, taken)
+
+    def check(self, ahead):
+        wanted = [*self.weights(ahead.model, ahead.taken)]
+        if wanted and self.epochs: ahead.train(wanted)
+        if not wanted: warn(f"{ahead.at}: every weight has a codebook or scales; 'quantize' finds nothing to do")
+        ahead.taken = [*ahead.taken, *wanted]
 
     def __call__(self, run):
         wanted = [*self.weights(run.model, run.taken)]
         if not wanted: return
         if self.epochs: self._prepare(run, wanted)
-        for name, weight in edges(run.model, wanted).items():
+        for name, found in _weights(run.model, wanted, masked=False).items():
+            weight = found.tensor.detach()
             row = weight[0].numel() if weight.ndim > 1 else len(weight)
             form = Scaled(*quantize(weight, self.bits, self.group_size), min(self.group_size or row, row))
             weight.copy_(form.values())
@@ -196,7 +269,7 @@ class Quantize(Tune):
         "Train with the weights on their grids, and zeros where they are pruned."
         run.hold(but=wanted)
         for name, weight in _weights(run.model, wanted).items():
-            mask = weight.tensor != 0 if name in run.pruned else torch.ones_like(weight.tensor, dtype=torch.bool)
+            mask = run.pruned[name] if name in run.pruned else torch.ones_like(weight.tensor, dtype=torch.bool)
             _attach(run.model, weight, _OnGrid(mask, FakeQuantize(self.bits, self.group_size)))
         self.train(run)
         _plain_(run.model)
@@ -223,7 +296,7 @@ class Round:
     def rounded(self, numbers, name):
         "Numbers with the digits that a type of 16 bits has, in their own type."
         kind = getattr(torch, self.dtype)
-        if numbers.element_size() <= kind.itemsize: return numbers
+        if numbers.element_size() <= kind.itemsize or not numbers.numel(): return numbers
         fine = bool((numbers.abs() <= torch.finfo(kind).max).all())
         need(fine, name, f"numbers that {self.dtype} has", numbers.abs().max().item())
         return numbers.to(kind).to(numbers.dtype)

@@ -16,11 +16,12 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sharetie.archive import Archive
+from sharetie.codebooks import cluster_
 from sharetie.command import main
 from sharetie.compression import _digest, compress
 from sharetie.finding import Transpose, find_ties
 from sharetie.making import tie_
-from sharetie.masks import magnitude, prune_
+from sharetie.masks import magnitude, make_permanent_, prune_
 from sharetie.recipes import STAGES, Cluster, Prune, Quantize, Round, Tune, _Run, read_recipe
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
@@ -43,6 +44,11 @@ FULL = [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 2, "batc
 
 
 def words(): return Words(30, 16)
+
+
+def counted():
+    "A loss that is never to be computed."
+    return stopping(0)
 
 
 TIED = {"words": (words, torch.randint(30, (20,)), F.cross_entropy), "reused": (lambda: Reused(12), torch.randn(20, 12), F.mse_loss),
@@ -82,9 +88,12 @@ def test_a_tie_with_a_map_is_kept_or_refused(tmp_path):
     fresh = build()
     load_model(fresh, Archive(tmp_path / "a"))
     assert torch.equal(fresh[0].weight, fresh[1].weight.T) and (fresh[0].weight == 0).sum() == 36
-    with pytest.raises(ValueError, match="nothing is computed from"):
-        compress(model, None, None, [{"stage": "cluster", "k": 4}], tmp_path / "b")
-    assert not (tmp_path / "b").exists()
+    compress(model, (x, x), F.mse_loss, [{"stage": "tune", "epochs": 1}, {"stage": "cluster", "k": 4}], tmp_path / "b")
+    load_model(fresh, Archive(tmp_path / "b"))
+    assert torch.equal(fresh[0].weight, fresh[1].weight.T) and len(fresh[0].weight.unique()) == 4
+    with pytest.raises(ValueError, match=r"recipe\[2\]: names: weights that nothing is computed from"):
+        compress(model, (x, x), counted(), [{"stage": "tune", "epochs": 1}, {"stage": "cluster", "k": 4}, {"stage": "tune", "epochs": 1}], tmp_path / "c")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
 
 
 def test_every_stage_keeps_what_the_ones_before_did():
@@ -188,6 +197,110 @@ def test_masks_that_a_model_has_are_kept(tmp_path):
     fresh = mlp()
     load_model(fresh, Archive(tmp_path / "a"))
     for i in (0, 2): assert torch.equal(fresh[i].weight == 0, model[i].weight == 0) and len(fresh[i].weight.unique()) == 5
+
+
+@pytest.mark.parametrize("scope", ["layer", "across"])
+@pytest.mark.parametrize("zero", [False, True])
+def test_codebooks_that_a_model_has_are_kept(tmp_path, scope, zero):
+    model = mlp()
+    if zero:
+        prune_(model, magnitude(model), .5)
+        make_permanent_(model)
+    cluster_(model, 4, scope=scope, zero=zero)
+    compress(model, task(), F.cross_entropy, [{"stage": "tune", "epochs": 2}, {"stage": "code"}], tmp_path / "a")
+    file = Archive(tmp_path / "a")
+    values = [file[f"{i}.weight"] for i in (0, 2)]
+    for new, old in zip(values, (model[0].weight, model[2].weight)):
+        assert not torch.equal(new, old) and not zero or torch.equal(new == 0, old == 0)
+    for found in [torch.cat([v.flatten() for v in values])] if scope == "across" else values: assert len(found.unique()) == 4 + zero
+    with pytest.raises(ValueError, match=r"recipe\[0\]: names: at least one weight without a codebook"):
+        compress(model, None, None, [{"stage": "cluster", "k": 2}], tmp_path / "b")
+
+
+def zero_start():
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    return model
+
+
+@pytest.mark.parametrize("sparsity, left", [(0, 120), (.5, 60)])
+def test_a_zero_that_nobody_took_out_is_trained(tmp_path, sparsity, left):
+    recipe = [{"stage": "prune", "sparsity": sparsity}, {"stage": "tune", "epochs": 2}, {"stage": "prune", "sparsity": max(sparsity, .25)}]
+    compress(zero_start(), task(), F.cross_entropy, recipe[:2], tmp_path / "a")
+    assert int((Archive(tmp_path / "a")["2.weight"] != 0).sum()) == left
+    with pytest.raises(Stopped): compress(zero_start(), task(), stopping(0), recipe, tmp_path / "b")
+    compress(zero_start(), task(), stopping(99), recipe[:2], tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    compress(zero_start(), task(), stopping(99), recipe, tmp_path / "c")
+    assert int((Archive(tmp_path / "c")["2.weight"] != 0).sum()) == min(left, 90)
+
+
+class Tagger(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm, self.out = nn.Embedding(30, 8), nn.LSTM(8, 12, batch_first=True), nn.Linear(12, 5)
+    def forward(self, x): return self.out(self.lstm(self.embed(x))[0][:, -1])
+
+
+UNTRAINED = [[{"stage": "prune", "sparsity": .5}, {"stage": "quantize", "bits": 8}, {"stage": "code"}],
+             [{"stage": "prune", "sparsity": .5}, {"stage": "cluster", "k": 4}, {"stage": "round"}]]
+
+
+@pytest.mark.parametrize("recipe", UNTRAINED, ids=["quantized", "clustered"])
+def test_a_recurrent_network_is_the_same_from_python_and_a_shell(tmp_path, monkeypatch, recipe):
+    monkeypatch.chdir(tmp_path)
+    set_seed(0)
+    model = Tagger()
+    compress(model, None, None, recipe, "a")
+    save_model(model, "model")
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    assert CliRunner().invoke(main, ["compress", "model", "b", "--recipe", "r.json"]).exit_code == 0
+    a, b = Archive("a"), Archive("b")
+    assert {*a.names} == {*b.names} and all(torch.equal(a[name], b[name]) for name in a.names)
+    assert float((a["lstm.weight_hh_l0"] == 0).float().mean()) >= .5
+
+
+def frozen():
+    model = mlp()
+    model[0].requires_grad_(False)
+    with torch.no_grad(): model[0].weight.copy_(model[0].weight.sign())
+    return model
+
+
+WORDS = torch.randint(30, (20, 4))
+TUNE = {"stage": "tune", "epochs": 1}
+
+
+@pytest.mark.parametrize("build, x, recipe, words", [
+    (Tagger, WORDS, [{"stage": "prune", "sparsity": .5}, TUNE], r"recipe\[1\]: lstm.weight_ih_l0: belongs to LSTM"),
+    (Tagger, WORDS, [TUNE, {"stage": "quantize", "epochs": 1}], r"recipe\[1\]: lstm.weight_ih_l0: belongs to LSTM"),
+    (Tagger, WORDS, [{"stage": "cluster", "k": 4}, TUNE], r"recipe\[1\]: lstm.weight_ih_l0: belongs to LSTM"),
+    (mlp, task()[0], [{"stage": "prune", "sparsity": .9}, TUNE, {"stage": "cluster", "k": 13}], r"recipe\[2\]: 2.weight: k: .* at most 12, the"),
+    (mlp, task()[0], [TUNE, {"stage": "cluster", "k": 281, "scope": "across"}], r"recipe\[1\]: 0.weight: k: .* at most 280, the"),
+    (frozen, task()[0], [TUNE, {"stage": "cluster", "k": 3, "names": "0.weight"}], r"recipe\[1\]: 0.weight: k: .* at most 2, the"),
+    (lambda: mlp().requires_grad_(False), task()[0], [TUNE], r"recipe\[0\]: model: a module with a parameter that trains"),
+    (mlp, task()[0][:0], [{"stage": "prune", "sparsity": .5}, TUNE], "data: at least one example"),
+    (mlp, DataLoader(TensorDataset(task()[0][:0])), [TUNE], "data: at least one example"),
+    (mlp, 3, [{"stage": "prune", "sparsity": .5}, TUNE], r"data: \(x, y\)"),
+    (lambda: mlp().append(nn.Linear(6, 6, dtype=torch.double)), task()[0], [TUNE, {"stage": "cluster", "k": 2, "scope": "across"}], r"recipe\[1\]: scope: 'layer'"),
+])
+def test_what_can_be_known_is_known_before_anything_runs(tmp_path, build, x, recipe, words):
+    data = (x, torch.randint(5, (len(x),))) if isinstance(x, torch.Tensor) else x
+    with pytest.raises((ValueError, TypeError), match=words): compress(build(), data, counted(), recipe, tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_loss_of_another_name_does_not_go_on(tmp_path):
+    def other(output, y): return F.cross_entropy(output, y, label_smoothing=.5)
+    with pytest.raises(Stopped): compress(mlp(), task(), stopping(3), FULL[:2], tmp_path / "a")
+    with pytest.raises(ValueError, match="a.part: is of another run, its loss differs"): compress(mlp(), task(), other, FULL[:2], tmp_path / "a")
+
+
+def test_an_empty_parameter_is_rounded(tmp_path):
+    model = mlp()
+    model.empty = nn.Parameter(torch.zeros(0))
+    compress(model, None, None, [{"stage": "round"}], tmp_path / "a")
+    assert Archive(tmp_path / "a")["empty"].shape == (0,)
 
 
 class Stopped(Exception): pass
