@@ -62,6 +62,15 @@ def test_outermost_values_may_be_alone(seed):
     assert kmeans_1d(values, 64, bins=512).error < 1.003 * kmeans_1d(values, 64, bins=None).error
 
 
+@pytest.mark.parametrize("k", [32, 256, 512])
+@pytest.mark.parametrize("kind", ["normal", "laplace"])
+def test_allowed_edges_grow_with_the_codebook(kind, k):
+    for seed in range(2):
+        set_seed(seed)
+        values = torch.randn(3000) if kind == "normal" else torch.distributions.Laplace(0, 1).sample((3000,))
+        assert kmeans_1d(values, k).error <= 1.0012 * kmeans_1d(values, k, bins=None).error
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_starts_stand_still(start):
     values = torch.randn(500, generator=torch.Generator().manual_seed(0)).double()
