@@ -73,7 +73,7 @@ def _chosen(model, names):
     need(fine, "names", "a list of names or patterns", names, TypeError)
     if names is None: names = [name for name, p in found.items() if p.tensor.ndim > 1]
     else: names = [hit for n in ([names] if isinstance(names, str) else names) for hit in match_names(found, n, "names")]
-    need(len(names) > 0, "names", "at least one weight", names)
+    need(len(names) > 0, "names", "at least one weight of two axes or more, that has no codebook yet,", list(names) or list(found))
     chosen = {id(found[name].tensor) for name in names}
     groups = {}
     for place in found.values():
@@ -198,11 +198,13 @@ def _lookups(model):
 def stored_bits(
     model: nn.Module,
 ) -> int:
-    """Bits of a model's parameters: codes at whole bits each, once, and all else as it is, once.
+    """Bits of a model's parameters and saved buffers, each once: codes of look-ups at whole bits, masks at one, all else as it is.
 
     Raises TypeError for anything but a module."""
-    codes = sum(lookup.codes.numel() * code_bits(lookup.entries) for lookup, _ in _lookups(model))
-    return codes + sum(p.numel() * p.element_size() * 8 for p in model.parameters())
+    codes = {id(lookup.codes): code_bits(lookup.entries) for lookup, _ in _lookups(model)}
+    kept = {id(p.tensor): p.tensor for p in places(model).values() if p.attribute not in p.owner._non_persistent_buffers_set}
+    def each(t): return codes.get(id(t), 1 if t.dtype == torch.bool else 8 * t.element_size())
+    return sum(t.numel() * each(t) for t in kept.values())
 
 # %% ../nbs/42_codebooks.ipynb #44fb5f4a
 @torch.no_grad()

@@ -21,7 +21,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sized
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from glob import escape
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +39,7 @@ from .clusters import *
 from .codebooks import *
 from .coding import *
 from .command import _plainly, _size
+from .duplicates import _tensors_only
 from .errors import function, need
 from .factors import *
 from .hashing import *
@@ -239,14 +240,19 @@ def _task(text):
 def _compress_file(source, target, recipe, task, force):
     "Compress a file of weights; the table of the stages."
     stages, source = read_recipe(recipe), file_path(source, "source")
-    model, data, loss = _task(task) if task else (_bare(Checkpoint(source)), None, None)
+    file = Checkpoint(source)
+    _tensors_only(file)
+    model, data, loss = _task(task) if task else (_bare(file), None, None)
     _need_data(stages, data, loss)
-    load_model(model, source, restore_ties=True)
+    load_model(model, file, restore_ties=True)
     metrics = {"loss": loss} if hasattr(data, "test") else None
     return compress(model, data, loss, recipe, target, metrics=metrics, force=force)
 
 # %% ../nbs/42_compression.ipynb #42b9acff
-@click.command("compress")
+_HELP = "Stages, with their options: " + "; ".join(f"{name} ({', '.join(f.name for f in fields(kind)) or 'none'})" for name, kind in STAGES.items())
+
+
+@click.command("compress", epilog=f"{_HELP}. A recipe is a list of such, as in [{{\"stage\": \"prune\", \"sparsity\": 0.5}}, {{\"stage\": \"code\"}}].")
 @click.argument("source", metavar="MODEL", type=click.Path(path_type=Path))
 @click.argument("target", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--recipe", required=True, type=click.Path(path_type=Path), help="A file of stages, JSON or TOML.")

@@ -63,7 +63,7 @@ def _chosen(model, names, kinds, grouped):
             found = _obstacle(paths[plain], kinds, grouped)
             raise ValueError(f"names: {wanted} are expected, got {name!r}, which is {found}")
         hits |= {path: fits[path] for path in match_names(fits, plain, "names")}
-    need(hits, "names", wanted, names)
+    need(hits, "names", wanted, list(names) or sorted({type(module).__name__ for module in paths.values()}))
     return hits
 
 # %% ../nbs/42_factors.ipynb #98825414
@@ -156,6 +156,7 @@ def _watched(model, weights, x):
     try:
         with torch.no_grad(), _mode(model, False):
             for part in x.split(256): model(part)
+    except (RuntimeError, TypeError, IndexError) as error: raise ValueError(f"x: examples that the model takes are expected ({error})") from error
     finally:
         for hook in hooks: hook.remove()
     return sums
@@ -172,7 +173,9 @@ def _moments(model, weights, x):
     for i, weight in enumerate(weights):
         own = [moment for key, moment in about.items() if key[0] == i]
         tables = all(_kind(use.layer) in _TABLES for use in weight.uses)
-        need(own or tables, "x", f"examples that reach {weight.name!r}", "none")
+        if not own and not tables:
+            raise ValueError(f"x: examples that reach {weight.name!r} by a call of its layer are expected; nn.MultiheadAttention "
+                             "reads its out_proj without one, so name the other layers")
         moments.append(tensor(sum(own), f"what {weight.name!r} sees of x", finite=True) if own else None)
     return moments, means
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .binding import _Whole
+from .codebooks import stored_bits
 from .embeddings import ScaledEmbedding
 from .errors import need, tensor, whole
 from .factors import _exchange, _weights
-from .finding import Place, module_paths, places
+from .finding import Place, module_paths
 from .making import _bind, _changeable, _unbind
 from .masks import _inner, _redeclare
 from .products import _CONVS, _LINEAR, _TABLES, _kind, _take_settings
@@ -41,6 +42,7 @@ def quantize(
     Source: Krishnamoorthi 2018, sections 2.2 and 3.1."""
     _check(bits, group_size)
     tensor(weight, "weight", floating=True, filled=True, finite=True)
+    need(weight.ndim, "weight", "a tensor with an axis", weight)
     return _codes(weight.detach(), bits, group_size)
 
 
@@ -51,13 +53,24 @@ def _check(bits, group_size):
 
 
 def _codes(weight, bits, group_size):
-    "Codes and scales."
-    rows, high = _rows(weight), 2 ** (bits - 1) - 1
+    "Codes and scales, computed with at least 32 bits, so that each code is the nearest point of the grid that is kept."
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows, high = _rows(weight).to(wide), 2 ** (bits - 1) - 1
     n = min(group_size or rows.shape[1], rows.shape[1])
     groups = F.pad(rows, (0, -rows.shape[1] % n)).unflatten(1, (-1, n))
-    scales = groups.abs().amax(2) / high
+    kept = _scales(groups.abs().amax(2), high, weight.dtype)
+    scales = kept.to(wide)
     codes = (groups / torch.where(scales > 0, scales, 1)[..., None]).round().clamp(-high, high)
-    return codes.flatten(1)[:, :rows.shape[1]].to(torch.int8).view(weight.shape), scales
+    return codes.flatten(1)[:, :rows.shape[1]].to(torch.int8).view(weight.shape), kept
+
+
+def _scales(largest, high, dtype):
+    "The largest numbers over the highest code, in a type: moved on where rounding would lose them, or make them infinite."
+    info = torch.finfo(dtype)
+    scales = (largest / high).to(dtype)
+    wide = scales.to(largest.dtype)
+    scales = torch.where(wide * (high + .5) < largest, (wide * (1 + info.eps) + info.smallest_normal * info.eps).to(dtype), scales)
+    return torch.where((scales * high).isinf(), (wide * (1 - info.eps)).to(dtype), scales)
 
 # %% ../nbs/42_quantization.ipynb #76f5e09c
 def dequantize(
@@ -199,6 +212,9 @@ def quantize_(
 ) -> nn.Module:  # the model
     """Let linear layers, embeddings and convolutions compute with codes and scales, in place; tied weights are stored once.
 
+    With names=None all else stays as it is: transposed convolutions, recurrent layers, nn.EmbeddingBag, and the joint
+    weight of queries, keys and values in nn.MultiheadAttention; `quantized_weights` says what was done. A layer whose
+    weight is computed, such as a masked or weight-normed one, is refused, not left: name the others.
     Raises TypeError or ValueError, before anything changes, for bits and group sizes out of range, weights that are not
     finite or used in other ways, and layers of other kinds or with max_norm. Source: Krishnamoorthi 2018."""
     _check(bits, group_size)
@@ -217,12 +233,10 @@ def quantize_(
 def stored_bytes(
     model: nn.Module,
 ) -> int:
-    """Bytes of a model's parameters and saved buffers, each tensor once.
+    """Bytes of a model's parameters and saved buffers, each tensor once: `stored_bits`, rounded up.
 
     Raises TypeError for anything but a module."""
-    found = places(model).values()
-    kept = {id(p.tensor): p.tensor for p in found if p.attribute not in p.owner._non_persistent_buffers_set}
-    return sum(t.nbytes for t in kept.values())
+    return -(-stored_bits(model) // 8)
 
 # %% ../nbs/42_quantization.ipynb #b344e3bc
 def quantized_weights(

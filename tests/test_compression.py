@@ -635,6 +635,17 @@ def test_usage_json_and_help(folder):
     assert done.exit_code == 0 and all(word in done.output for word in ("compress", "decompress", "dedup", "ties"))
 
 
+def test_a_checkpoint_of_more_than_weights_is_refused_with_a_way_out(folder):
+    torch.save({"model": mlp().state_dict(), "epoch": 3}, "run.pt")
+    done = CliRunner().invoke(main, ["compress", "run.pt", "small", "--recipe", "few.json"])
+    assert done.exit_code == 2 and "got also epoch; save its state dict by itself" in done.output and not os.path.exists("small")
+
+
+def test_help_names_stages_and_options():
+    text = " ".join(CliRunner().invoke(main, ["compress", "--help"]).output.split())
+    assert all(f"{name} (" in text for name in STAGES) and "cluster (k, names, scope, init)" in text
+
+
 def test_a_file_with_ties_is_compressed_with_them(folder):
     set_seed(0)
     save_model(words(), "words.safetensors")

@@ -368,6 +368,10 @@ def test_examples_have_to_reach_a_layer_and_to_go_one_way():
             self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
         def forward(self, x): return self.a(x)
     with pytest.raises(ValueError, match="examples that reach 'b'"): factorize_(Branch(), rank=2, x=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="x: examples that the model takes"): factorize_(Branch(), rank=2, x=torch.ones(3, 5))
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(ValueError, match="'self_attn.out_proj' by a call of its layer are expected; nn.MultiheadAttention"):
+        factorize_(encoder, rank=2, x=torch.randn(3, 5, 8))
     model = autoencoder()
     with pytest.raises(ValueError, match="x: None for '0', which is used as its transpose, too,"): factorize_(model, rank=2, x=torch.ones(3, 6))
     assert isinstance(model[0], nn.Linear)

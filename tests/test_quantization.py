@@ -10,6 +10,7 @@ from torch import nn
 
 from sharetie.binding import keep_ties
 from sharetie.checking import check_ties
+from sharetie.codebooks import cluster_, stored_bits
 from sharetie.embeddings import ScaledEmbedding
 from sharetie.factors import factorize_
 from sharetie.finding import find_ties
@@ -89,6 +90,55 @@ def test_no_weight_moves_by_more_than_half_a_step(dtype, shape, size):
         error = (codes.double() * step - w.double()).abs()
         info = torch.finfo(dtype)  # scales are rounded to the type, small ones more
         assert (error <= step * (.5 + 4 * info.eps * 2 ** (bits - 1)) + 2 ** (bits - 1) * info.smallest_normal * info.eps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_each_code_is_the_nearest_point_in_half_precision(dtype, bits):
+    set_seed(0)
+    w = torch.randn(64, 512).to(dtype)
+    codes, scales = quantize(w, bits)
+    high = 2 ** (bits - 1) - 1
+    assert torch.equal(codes.double(), (w.double() / scales.double()).round().clamp(-high, high))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_ends_of_a_type_stay_numbers(dtype, bits):
+    info = torch.finfo(dtype)
+    tiny = info.smallest_normal * info.eps
+    w = torch.tensor([[info.max, -info.max], [tiny, 0], [3 * tiny, -tiny], [info.smallest_normal, 0]], dtype=dtype)
+    seen = dequantize(*quantize(w, bits)).double()
+    assert seen.isfinite().all() and ((seen != 0) | (w.abs() * 2 < w.abs().amax(1, keepdim=True))).all()
+    error = (seen - w.double()).abs() / w.double().abs().amax(1, keepdim=True)
+    assert error[0].max() < .01 and error[3].max() < .02 and error.max() <= .5
+
+
+@pytest.mark.parametrize("treat", [lambda m: m, quantize_, lambda m: quantize_(m, 4, 16), prepare_])
+def test_bits_and_bytes_are_those_of_a_file(treat):
+    model = treat(nn.Sequential(nn.Linear(64, 30), nn.BatchNorm1d(30), nn.Linear(30, 10)))
+    assert stored_bits(model) == 8 * stored_bytes(model) == 8 * sum(t.nbytes for t in model.state_dict().values())
+
+
+def test_codes_of_codebooks_count_as_whole_bits():
+    model = cluster_(nn.Sequential(nn.Linear(64, 30), nn.Linear(30, 10)), 4)
+    prune_(model, {"0.bias": torch.rand(30)}, .5)
+    assert stored_bits(model) == 2 * 2220 + 32 * (8 + 40) + 30 and stored_bytes(model) == -(-stored_bits(model) // 8)
+
+
+def test_layers_of_other_kinds_are_left_and_computed_weights_refused():
+    model = nn.Sequential(nn.ConvTranspose1d(8, 4, 1), nn.Linear(4, 3))
+    assert [*quantized_weights(quantize_(model))] == ["1"]
+    normed = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="'0.weight', computed by _WeightNorm"): quantize_(normed)
+    assert [*quantized_weights(quantize_(normed, names="1"))] == ["1"]
+
+
+def test_what_is_done_already_is_said():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    with pytest.raises(ValueError, match="got .*'QuantizedLinear'"): quantize_(quantize_(copy.deepcopy(model)))
+    with pytest.raises(ValueError, match="that has no codebook yet"): cluster_(cluster_(model, 2), 2)
+    with pytest.raises(ValueError, match="weight: a tensor with an axis"): quantize(torch.tensor(3.))
 
 
 def test_codes_by_hand():
