@@ -62,16 +62,24 @@ def _block(stream): return _number(len(stream)) + stream.numpy().tobytes()
 def _best(streams): return min(streams, key=len)
 
 
-def _positions(mask, entropy):
-    "Bits and gaps of a mask, with as many bits per gap as make it shortest."
-    skipped = _skipped(mask)
+def _gap_bits(mask, entropy):
+    "With how many bits per gap a mask's gaps are shortest, and how many bits they then take, nearly."
+    counts = _skipped(mask).bincount().numpy()
+    skipped = counts.nonzero()[0]
+    counts = counts[skipped]
 
     def size(bits):
         filler = 2**bits - 1
-        counts = torch.cat([(skipped % filler).bincount(minlength=filler), (skipped // filler).sum()[None]]).numpy()
-        width, table = _table(counts) if entropy else (0, np.ones(len(counts)))
-        return width * len(counts) + _cost(counts, table)
-    bits = min(range(1, 11), key=size)
+        each = np.bincount(skipped % filler, counts, filler)
+        each = np.append(each, (skipped // filler * counts).sum()).astype(np.int64)
+        width, table = _table(each) if entropy else (0, np.ones(len(each)))
+        return width * len(each) + _cost(each, table)
+    sizes = {bits: size(bits) for bits in range(1, 11)}
+    return min(sizes.items(), key=lambda one: one[1])
+
+
+def _positions(mask, bits, entropy):
+    "Bits and gaps of a mask."
     return bytes([bits]) + _block(to_stream(to_gaps(mask, bits), 2**bits, entropy))
 
 
@@ -128,9 +136,13 @@ def to_record(
     found = [b"\0" + content(numbers.flatten())]
     orders = [numbers, numbers.flatten(1).T] if numbers.ndim > 1 else [numbers]
     masks = [(part if scaled else _bits(part)) != 0 for part in orders]
-    if not masks[0].all():
-        at = [_positions(mask, entropy) for mask in masks]
-        i = min(range(len(at)), key=lambda i: len(at[i]))
+    zeros = masks[0].numel() - int(masks[0].sum())
+    sizes = [_gap_bits(mask, entropy) for mask in masks] if zeros else []
+    most = zeros * max(8 * numbers.element_size(), 24)  # bits that zeros can take; a stream's head is more than an entry of a codebook
+    near = 1.001 * min((size for _, size in sizes), default=most) + 128
+    at = {i: _positions(masks[i], bits, entropy) for i, (bits, size) in enumerate(sizes) if size < most and size <= near}
+    if at:
+        i = min(at, key=lambda i: len(at[i]))
         found.append(bytes([i + 1]) + at[i] + content(orders[i][masks[i]]))
     return torch.frombuffer(bytearray(_best(found)), dtype=torch.uint8)
 

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from sharetie import archive
+from sharetie.archive import _positions as positions
 from sharetie.archive import NOTE, Archive, Scaled, _bits, _checksum, decompress, from_record, save_archive, to_record, write_archive
 from sharetie.checkpoint import Checkpoint, write_tensors
 from sharetie.codebooks import cluster_
@@ -177,6 +179,16 @@ def test_codes_and_scales_that_do_not_fit_are_not_written(tmp_path, codes, scale
 
 
 KINDS = [np.float16, None, np.float32, np.float64, np.int8, np.uint8]
+
+
+def test_positions_are_coded_only_where_they_can_pay(monkeypatch):
+    set_seed(0)
+    coded, value = [], torch.rand(200, 300) + 1
+    monkeypatch.setattr(archive, "_positions", lambda mask, *more: coded.append(mask.shape) or positions(mask, *more))
+    value[5, 5] = 0
+    assert len(to_record(value)) <= value.nbytes + 3 and not coded  # a single zero
+    value[:, 7] = 0
+    assert len(to_record(value)) < value.nbytes - 700 and coded == [(300, 200)]  # in columns it is one gap
 
 
 def by_the_book(path):
