@@ -26,7 +26,8 @@ SIZES = [{"tokens": 2048, "experts": 8, "top_k": 2, "dim": 256, "hidden": 512},
 PEERS = {"transformers, eager": "eager", "transformers, grouped_mm": "grouped_mm", "transformers, batched_mm": "batched_mm"}
 LARGE = 256  # tokens above which batched_mm is left out: it copies both matrices for each slot
 RUNS = {2048: 10, 8192: 6, 65536: 4}  # up to so many tokens
-PARTS = {"products": ["mm", "addmm", "bmm", "_grouped_mm"], "rows gathered and summed": ["index_select", "embedding_bag", "index", "gather"],
+LONG = 4096  # tokens above which only single precision is timed on CPUs: those without bfloat16 emulate it for minutes
+PARTS = {"products": ["mm", "addmm", "bmm", "_grouped_mm"], "rows gathered and summed": ["index_select", "_embedding_bag", "_embedding_bag_forward_only"],
          "activation": ["silu", "silu_backward", "mul", "mul_", "sum"],
          "router, sorting": ["_softmax", "_softmax_backward_data", "topk", "sort", "searchsorted", "scatter", "div"]}
 
@@ -123,7 +124,7 @@ def main(device):
     rows = []
     for size in SIZES:
         runs = next(n for tokens, n in RUNS.items() if size["tokens"] <= tokens)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16)[:2 if size["tokens"] <= LONG or device.type == "cuda" else 1]:
             layers, x = candidates(size, dtype, device)
             x.requires_grad_()
             for name, back in (("forward", False), ("forward and backward", True)):
