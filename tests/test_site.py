@@ -50,6 +50,9 @@ def open_page(chromium):
 
 # Every page of both books
 
+SITES = ["toy_site", pytest.param("real_site", marks=pytest.mark.long)]  # the real one is built first
+
+
 class Anchors(HTMLParser):
     "The ids and the links of a page."
 
@@ -65,7 +68,7 @@ class Anchors(HTMLParser):
         if tag in ("img", "script", "link", "iframe", "source"): self.loads += [given[k] for k in ("src", "href", "srcset") if k in given]
 
 
-@pytest.mark.parametrize("site", ["toy_site", "real_site"])
+@pytest.mark.parametrize("site", SITES)
 def test_all_links_and_anchors_lead_somewhere(site, request):
     site = request.getfixturevalue(site)
     pages = {p.name: Anchors(p) for p in site.glob("*.html")}
@@ -80,7 +83,7 @@ def test_all_links_and_anchors_lead_somewhere(site, request):
         for file in page.loads: assert file.startswith("data:") or (site / file).is_file(), f"{name}: {file}"
 
 
-@pytest.mark.parametrize("site", ["toy_site", pytest.param("real_site", marks=pytest.mark.long)])
+@pytest.mark.parametrize("site", SITES)
 def test_every_page_opens_and_fits(site, request, open_page):
     page = None  # one for all, for a page of its own for each would take three times as long
     for path in sorted(request.getfixturevalue(site).glob("*.html")):
@@ -225,6 +228,7 @@ def test_snippets_are_as_the_page_reads(toy_site, open_page):
     assert "with y=x" in index and "x^2 and code" in index
 
 
+@pytest.mark.long
 def test_search_index_is_small(real_site):
     pages = list(real_site.glob("*.html"))
     index = (real_site / "assets" / "search-index.js").stat().st_size
