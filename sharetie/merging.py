@@ -288,7 +288,7 @@ def greedy_map(
 def diverse(
     model: nn.Module,
     data,  # (x, y)
-    part: float,  # of the units of each layer that go
+    sparsity: float,  # part of the units of each layer that go
     layers: Iterable[str] | None = None,  # None for all that can be pruned
     beta: float | None = None,  # of `similarity_kernel`
     generator: torch.Generator | None = None,  # for a draw; None for the greedy search
@@ -298,7 +298,7 @@ def diverse(
 
     Raises TypeError or ValueError for bad arguments and layers that cannot be pruned. Source: Mariet and Sra 2016."""
     probe, gone = Probe(model, data, _no_loss, layers, batch_size=batch_size), {}
-    real(part, "part", 0, 1)
+    real(sparsity, "sparsity", 0, 1)
     for name in probe.layers:
         own, index = _once(probe.graph.layers[name])
         at = {reader: _places(probe.graph, reader, own) for reader in probe.graph.readers}
@@ -310,7 +310,7 @@ def diverse(
             new = _columns(seen, at[reader])
             rows, n = new if rows is None else _joined(rows, new), n + len(new)
         kernel = similarity_kernel(rows, 10 / n if beta is None else beta)
-        k = max(1, len(own) - _count(part, len(own)))
+        k = max(1, len(own) - _count(sparsity, len(own)))
         keep = greedy_map(kernel, k) if generator is None else sample_kdpp(kernel, k, generator)
         gone[name] = np.delete(index, keep).tolist()
     return gone

@@ -252,18 +252,18 @@ def _no_loss(output, y): return output.sum()
 # %% ../nbs/40_nodes.ipynb #8b3137cf
 def least(
     scores: Mapping[str, Tensor],  # by layer
-    part: float,  # of all units that go
+    sparsity: float,  # part of the units that go
     scope: str = "layer",  # the lowest of each "layer", or of all together, "global"
 ) -> dict[str, list[int]]:  # by layer, the units to remove
     """The units with the lowest scores; one of each layer stays, and so does what scores infinity, being gone.
 
     Raises TypeError or ValueError for bad arguments, and for scores that are NaN."""
     need(isinstance(scores, Mapping) and scores, "scores", "a dictionary of scores by layer", scores, TypeError)
-    part = real(part, "part", 0, 1)
+    sparsity = real(sparsity, "sparsity", 0, 1)
     one_of(scope, "scope", ("layer", "global"))
     _check_scores(scores)
-    if scope == "layer": return {name: _lowest({name: v}, _count(part, len(v)))[name] for name, v in scores.items()}
-    return _lowest(scores, _count(part, sum(map(len, scores.values()))))
+    if scope == "layer": return {name: _lowest({name: v}, _count(sparsity, len(v)))[name] for name, v in scores.items()}
+    return _lowest(scores, _count(sparsity, sum(map(len, scores.values()))))
 
 # %% ../nbs/40_nodes.ipynb #8ff7ed73
 def _check_scores(scores):

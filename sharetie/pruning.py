@@ -12,12 +12,13 @@ __all__ = ['prune_edges_', 'Mask', 'Masked', 'edges', 'mask_', 'masks_of', 'spar
 
 # %% ../nbs/40_pruning.ipynb #274d615d
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from torch import nn
 
 from .criteria import *
 from .criteria import _examples
-from .errors import need, one_of
+from .errors import need, one_of, whole
 from .layerwise import *
 from .layerwise import _METHODS
 from .masks import *
@@ -53,6 +54,7 @@ def prune_edges_(
     method: str = "magnitude",  # "magnitude", "taylor", "obd", or layer by layer: "block", "greedy", "once"
     scope: str = "layer",  # sparsity of each "layer", or of all together, "global"
     names: Iterable[str] | str | None = None,  # as in `edges`
+    batch_size: int | None = None,  # examples at a time; None for what the method takes
 ) -> nn.Module:  # the same model
     """Take single weights out of a model, each shared one once, by any of the methods.
 
@@ -60,10 +62,12 @@ def prune_edges_(
     x, y = _examples(model, data, loss)
     one_of(method, "method", [*_SCORES, *_METHODS]), one_of(scope, "scope", ["layer", "global"])
     need((sparsity is None) != (pattern is None), "prune_edges_", "one of sparsity and pattern", (sparsity, pattern))
+    some = {} if batch_size is None else {"batch_size": whole(batch_size, "batch_size", 1)}
     if method in _METHODS:
         need(scope == "layer", "scope", f"'layer' with method={method!r}, which compares no layers,", scope)
-        layerwise_(model, x, sparsity, pattern, names, method)
+        layerwise_(model, x, sparsity, pattern, names, method, **some)
         return model
+    scores = magnitude if method == "magnitude" else partial(_SCORES[method], **some)
     if sparsity is not None: _part(sparsity)
     else: _read_pattern(pattern, {name: w.shape for name, w in edges(model, names).items()})
-    return prune_(model, _SCORES[method](model, (x, y), loss, names=names), sparsity, pattern=pattern, scope=scope)
+    return prune_(model, scores(model, (x, y), loss, names=names), sparsity, pattern=pattern, scope=scope)

@@ -85,7 +85,8 @@ def save_model(
     notes = {} if metadata is None else metadata
     fine = isinstance(notes, dict) and all(isinstance(text, str) for item in notes.items() for text in item)
     need(fine, "metadata", "a dictionary from text to text", metadata, TypeError)
-    need(KEY not in notes, "metadata", f"any key but {KEY!r}, where the ties are", KEY)
+    taken = [key for key in notes if key.split(".")[0] == KEY]
+    need(not taken, "metadata", f"no key {KEY!r} or {KEY + '.…'!r}, which files of this package keep for themselves,", taken)
     tensors, ties = _contents(model)
     write_tensors(path, tensors, {"format": "pt"} | notes | ties)
 

@@ -247,7 +247,7 @@ def test_optimizer_files_and_parameters_follow(tmp_path):
     (lambda m, x: merge_similar_(m, "0", 6, x), ValueError, "from 0 to 5"), (lambda m, x: merge_similar_(m, "1", 1, x), ValueError, "layer: one of"),
     (lambda m, x: merge_similar_(m, "4", 1, x), ValueError, "cannot be removed"), (lambda m, x: merge_similar_(m, "0", 1), ValueError, "inputs"),
     (lambda m, x: prune_units_(m, {"0": range(6)}, x), ValueError, "at least one of 6 units left"), (lambda m, x: prune_units_(m, {"9": [1]}, x), ValueError, "units: one of"),
-    (lambda m, x: diverse(m, (x, x), 2.), ValueError, "part"), (lambda m, x: diverse(m, x, .5), TypeError, "data: a pair"),
+    (lambda m, x: diverse(m, (x, x), 2.), ValueError, "sparsity: a finite number from 0 to 1 is expected, got 2"), (lambda m, x: diverse(m, x, .5), TypeError, "data: a pair"),
     (lambda m, x: sample_kdpp(torch.eye(3), 4), ValueError, "from 1 to 3"), (lambda m, x: sample_kdpp(torch.eye(3), 0), ValueError, "from 1 to 3"),
     (lambda m, x: sample_kdpp(torch.ones(3, 3), 2), ValueError, "of rank 2 or more"), (lambda m, x: greedy_map(-torch.eye(3), 1), ValueError, "positive semidefinite"),
     (lambda m, x: greedy_map(torch.ones(2, 3), 1), ValueError, "symmetric"), (lambda m, x: greedy_map(torch.tensor([[1., math.nan], [math.nan, 1.]]), 1), ValueError, "NaN"),

@@ -43,6 +43,17 @@ def test_one_ranking_over_all(method):
     assert sparsity_of(model).loc["all", "left"] == 72 and sparsity_of(model)["left"].iloc[0] != 48
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_few_examples_at_a_time(method):
+    (model, data), most = network(), [0]
+    model.register_forward_pre_hook(lambda m, args: most.append(len(args[0])))
+    whole = prune_edges_(copy.deepcopy(model), data, F.cross_entropy, .5, method=method)
+    most.clear()
+    some = prune_edges_(model, data, F.cross_entropy, .5, method=method, batch_size=7)
+    assert max(most, default=0) == (0 if method == "magnitude" else 7)
+    for name, mask in masks_of(whole).items(): assert torch.equal(mask, masks_of(some)[name])
+
+
 class Words(nn.Module):
     def __init__(self):
         super().__init__()
@@ -64,6 +75,7 @@ def test_a_tied_table_goes_once(method):
 BAD = [(dict(method="magnitud"), ValueError, "did you mean 'magnitude'"), (dict(method="block", scope="global"), ValueError, "compares no layers"), (dict(scope="all"), ValueError, "scope"),
        (dict(pattern="2:4"), ValueError, "one of sparsity and pattern"), (dict(sparsity=None), ValueError, "one of sparsity and pattern"), (dict(sparsity=1.), ValueError, "below 1"),
        (dict(sparsity=None, pattern="2:5"), ValueError, "multiple of 5"), (dict(data=3), TypeError, "a pair"), (dict(loss=None), TypeError, "loss: a function"),
+       (dict(batch_size=0), ValueError, "batch_size: a whole number of at least 1 is expected, got 0"),
        (dict(method="block", names="*"), ValueError, "0.bias: a weight with rows and columns"),
        (dict(method="obd", loss=lambda z, y: F.cross_entropy(z, y, reduction="sum")), ValueError, "a mean over examples")]
 

@@ -925,7 +925,8 @@ def test_what_cannot_be_saved(build, error, message, tmp_path):
 
 @pytest.mark.parametrize("metadata, error, message", [
     ({"a": 1}, TypeError, "metadata: a dictionary from text to text"), ("text", TypeError, "metadata: a dictionary"),
-    ({KEY: "mine"}, ValueError, "metadata: any key but 'sharetie'")])
+    *[({key: "mine"}, ValueError, f"metadata: no key 'sharetie' or 'sharetie.…', which files of this package keep for themselves, is expected, got .*'{key}'")
+      for key in (KEY, "sharetie.archive")]])
 def test_metadata_that_is_none(metadata, error, message, tmp_path):
     with pytest.raises(error, match=message): save_model(tiny(), tmp_path / "model", metadata)
     assert list(tmp_path.iterdir()) == []
