@@ -273,7 +273,7 @@ def _deduplicated(file):
             own = file.entries[name].shape
             if name == head or own != shape and name in mapped: continue
             derived[name] = Derived(head, "duplicate", None if own == shape else Reshape(own, shape))
-            if own != shape: mapped.add(head)
+            if own != shape or name in mapped: mapped.add(head)
             heads.discard(name)
     sources = {d.source for d in derived.values()}
     for name, source in _transposed(file, sorted(heads, key=lambda name: (name not in sources, name))).items():
