@@ -501,6 +501,7 @@ def built(toy_site, tmp_path):
 def files(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.long
 def test_a_second_build_gives_the_same_and_a_failed_one_keeps_the_site(built):
     before, stamp = files(built / "_docs"), (built / "README.md").stat().st_mtime_ns
     again = toybook.build(built)
@@ -525,6 +526,7 @@ exit ${QUARTO_EXIT:-0}
 """
 
 
+@pytest.mark.long
 def test_with_quarto_on_the_path_it_gets_the_whole_project(built, tmp_path):
     seen = tmp_path / "seen"
     for folder in (seen, tmp_path / "bin"): folder.mkdir()
@@ -545,6 +547,7 @@ def test_with_quarto_on_the_path_it_gets_the_whole_project(built, tmp_path):
     assert (built / "_docs" / "index.html").read_text() == "quarto was here\n"
 
 
+@pytest.mark.long
 def test_a_site_knows_its_sources(tmp_path):
     "The tests open what `make book` has built only if nothing has changed since."
     root = toybook.write(tmp_path / "toy")

@@ -705,6 +705,7 @@ def test_the_edge_detector():
 def transformers(): return pytest.importorskip("transformers", reason="transformers is not installed: its own models are not counted")
 
 
+@pytest.mark.long
 def test_bert_and_albert(transformers):
     "Devlin et al. 2019: 110M; Lan et al. 2020, table 1: 12M; one block that runs twelve times."
     with torch.device("meta"):

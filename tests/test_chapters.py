@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
+from execnb.shell import CaptureShell
 from flags import flags_off
 from nbdev.test import test_nb as run_notebook
 
@@ -17,8 +18,16 @@ def flags_of(path):
     return Counter(flag for found in lines for flag in found & flags_off())
 
 
+class Shell(CaptureShell):
+    "A shell in which figures are made, but drawn in the long run only: drawing takes a third of the time."
+    def __init__(self, path):
+        super().__init__(path, mpl_format="png")
+        if "long" in flags_off(): self.run_cell("set_matplotlib_formats()")
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapter(path, record_property, capfd):
+def test_chapter(path, record_property, capfd, monkeypatch):
+    monkeypatch.setattr("nbdev.test.CaptureShell", Shell)
     passed, _ = run_notebook(path, skip_flags=flags_off(), basepath=ROOT)
     assert passed, capfd.readouterr().err
     for flag, count in flags_of(path).items():

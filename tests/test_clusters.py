@@ -62,7 +62,7 @@ def test_outermost_values_may_be_alone(seed):
     assert kmeans_1d(values, 64, bins=512).error < 1.003 * kmeans_1d(values, 64, bins=None).error
 
 
-@pytest.mark.parametrize("k", [32, 256, 512])
+@pytest.mark.parametrize("k", [32, *(pytest.param(k, marks=pytest.mark.long) for k in (256, 512))])
 @pytest.mark.parametrize("kind", ["normal", "laplace"])
 def test_allowed_edges_grow_with_the_codebook(kind, k):
     for seed in range(2):

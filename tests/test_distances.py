@@ -137,6 +137,7 @@ def test_all_walks_agree(kind, dtype, grads):
     torch.testing.assert_close(walked(_add_lists, kind, dtype, grads), by_pieces)
 
 
+@pytest.mark.long
 def test_the_compiled_walk_agrees():
     torch.testing.assert_close(walked(_add_compiled, "squared_l2", torch.float32, "kept"), walked(_add_pieces, "squared_l2", torch.float32, "kept"))
 

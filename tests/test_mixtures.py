@@ -299,6 +299,7 @@ def test_autocast_and_training():
     assert history["train_loss"].iloc[-1] < history["train_loss"].iloc[0]
 
 
+@pytest.mark.long
 def test_compiled_with_gradients():
     "One graph, forward and back; `check_compiled` has the other models."
     set_seed(0)

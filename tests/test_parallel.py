@@ -344,6 +344,7 @@ def test_copies_and_pickles(one_process):
     assert not any(p.requires_grad for p in [*expert_parameters(frozen).values(), *whole_model(frozen).experts.parameters()])
 
 
+@pytest.mark.long
 def test_a_mesh_a_compiled_model_and_no_gradient(one_process):
     from torch.distributed.device_mesh import init_device_mesh
     layer, x = make(), numbers()

@@ -177,6 +177,7 @@ def test_tied_models_are_cut_once_and_stay_tied(build, x, books):
     assert sum(p.ndim > 1 for p in model.parameters()) == 1 and stored_bits(model) == bits
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_compiles():
     model, x = quantize_pieces_(mlp(), 4, 2), torch.randn(3, 8)
