@@ -149,7 +149,7 @@ def test_walks_on_cuda_equal_those_on_the_cpu(walk):
         torch.testing.assert_close(walked(walk, kind, torch.float64, "fresh", "cuda")[0].cpu(), walked(_add_pieces, kind, torch.float64, "fresh", "cuda")[0].cpu())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_tensor_in_several_pairs_gets_every_slope(compiled):
     a, b, c = (torch.randn(5000, requires_grad=True) for _ in range(3))
     values = pair_distances([a, a, b], [b, c, c])

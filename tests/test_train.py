@@ -780,7 +780,7 @@ def plain():
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is without torch.distributed")
-@pytest.mark.parametrize("f, name", [(with_ddp, "ddp"), (with_fsdp, "fsdp")])
+@pytest.mark.parametrize("f, name", [(with_ddp, "ddp"), pytest.param(with_fsdp, "fsdp", marks=pytest.mark.long)])
 def test_two_processes_train_like_one(tmp_path, f, name):
     model = plain()
     history = fit(model, toy(), F.cross_entropy, epochs=5, valid=toy(30), patience=3, clip=10.0)
