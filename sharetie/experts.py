@@ -92,12 +92,20 @@ class _Stacked(nn.Module):
         return f"dim={self.dim}, hidden={self.hidden}, num_experts={self.num_experts}, expert={self.expert!r}"
 
 # %% ../nbs/30_experts.ipynb #f08c0a0a
-def _segments(ends):
-    "Yield (expert, begin, end) of its rows."
+def _segments(ends, most):
+    "Yield (expert, begin, end, whether its first) of its rows, so many at most at a time, and for each expert once."
     begin = 0
     for e, end in enumerate(ends.tolist()):
-        yield e, begin, end
+        parts = max(1, -(-(end - begin) // most))
+        cuts = [begin + (end - begin) * i // parts for i in range(parts + 1)]
+        for i in range(parts): yield e, cuts[i], cuts[i + 1], i == 0
         begin = end
+
+
+def _at_a_time(x, rows):
+    "How many rows are computed at a time: on a CPU so few that its cache holds what is between two products."
+    exact = x.element_size() >= 4  # in half precision sums over parts would be rounded after each
+    return 512 if x.device.type == "cpu" and exact else max(rows, 1)
 
 
 def _sum_slots(rows, row, first, weight=None):
@@ -111,17 +119,17 @@ def _forward(x: Tensor, weight: Tensor, ends: Tensor, token: Tensor, slot: Tenso
              w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
              expert: str, keep: bool) -> tuple[Tensor, Tensor]:
     "The mixture (tokens, dim); and in one line, if kept, what the first matrices gave, transposed."
-    inner, end = w_in.shape[1], 0
-    hidden = x.new_empty(len(token) * inner if keep else 0)
+    inner, end, most = w_in.shape[1], 0, _at_a_time(x, len(token))
+    hidden = x.new_empty((len(token) if keep else min(most, len(token))) * inner)
     out = x.new_empty(len(token), w_out.shape[2])
-    for e, begin, end in _segments(ends):
-        h = hidden[begin * inner:end * inner].view(inner, -1) if keep else x.new_empty(inner, end - begin)
+    for e, begin, end, _ in _segments(ends, most):
+        h = (hidden[begin * inner:end * inner] if keep else hidden[:(end - begin) * inner]).view(inner, end - begin)
         torch.mm(w_in[e], x.index_select(0, token[begin:end]).mT, out=h)
         if b_in is not None: h += b_in[e, :, None]
         torch.mm(_activate(h, expert, 0).mT, w_out[e], out=out[begin:end])
         if b_out is not None: out[begin:end] += b_out[e]
     out[end:] = 0  # rows that go nowhere
-    return _sum_slots(out, row, first, weight.to(x.dtype)), hidden
+    return _sum_slots(out, row, first, weight.to(x.dtype)), hidden if keep else x.new_empty(0)
 
 
 @_forward.register_fake
@@ -135,20 +143,20 @@ def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Ten
               w_out: Tensor, b_out: Tensor | None, expert: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     "The gradients of x, weight, w_in, w_out, b_in and b_out; the last two are empty without biases."
     dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    db_in, db_out = (x.new_empty(0) if b is None else torch.empty_like(b) for b in (b_in, b_out))
+    db_in, db_out = (x.new_empty(0) if b is None else torch.zeros_like(b) for b in (b_in, b_out))
     rows, scale = x.new_empty(len(token), x.shape[1]), weight[slot].to(x.dtype)
     per_row, inner, end = torch.zeros_like(weight), w_in.shape[1], 0
-    for e, begin, end in _segments(ends):
-        at = slice(begin, end)
-        dy, h = grad.index_select(0, token[at]), hidden[begin * inner:end * inner].view(inner, -1)
+    for e, begin, end, new in _segments(ends, _at_a_time(x, len(token))):
+        at, before = slice(begin, end), 0 if new else 1
+        dy, h = grad.index_select(0, token[at]), hidden[begin * inner:end * inner].view(inner, end - begin)
         a, dh, dscale = _activate_backward(torch.mm(w_out[e], dy.mT), h, scale[at], expert)
         per_row[at] = dscale if b_out is None else dscale + dy @ b_out[e]
         dy *= scale[at, None]
-        torch.mm(a, dy, out=dw_out[e])
-        torch.mm(dh, x.index_select(0, token[at]), out=dw_in[e])
+        torch.addmm(dw_out[e], a, dy, beta=before, out=dw_out[e])
+        torch.addmm(dw_in[e], dh, x.index_select(0, token[at]), beta=before, out=dw_in[e])
         torch.mm(dh.mT, w_in[e], out=rows[at])
-        if b_in is not None: db_in[e] = dh.sum(1)
-        if b_out is not None: db_out[e] = dy.sum(0)
+        if b_in is not None: db_in[e] += dh.sum(1)
+        if b_out is not None: db_out[e] += dy.sum(0)
     rows[end:] = 0
     return _sum_slots(rows, row, first), per_row[row], dw_in, dw_out, db_in, db_out
 
@@ -258,7 +266,9 @@ def _can_group(x, w_in, w_out):
 # %% ../nbs/30_experts.ipynb #444d8327
 def _pays(x, rows):
     "Are grouped products faster than segments, for so many rows per expert?"
-    if not x.is_cuda: return x.device.type == "cpu" and rows <= 64 and not torch.compiler.is_compiling()
+    if not x.is_cuda:
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and rows <= 64
+        return few and not torch.compiler.is_compiling()
     return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] >= 9
 
 # %% ../nbs/30_experts.ipynb #fef9d131

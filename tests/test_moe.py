@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sharetie.experts import Experts, FeedForward
+from sharetie.experts import Experts, FeedForward, _at_a_time, _segments
 from sharetie.moe import MoE, SoftMoE, merge_experts, upcycle
 from sharetie.routing import (Balanced, ExpertChoice, Hash, Router, TopK, drop_overflow, load_balancing_loss, plan_rows, router_z_loss, statistics,
                               update_biases_)
@@ -110,9 +110,27 @@ def test_with_capacity_and_padding(execution, drop):
     assert torch.equal(y[~mask], torch.zeros_like(y[~mask]))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows_per_expert_are_computed_in_parts(bias):
+    layer, x = make(num_experts=2, execution="segments", bias=bias, dtype=torch.float64), tokens(1300, torch.float64)
+    parts = [rows[1:] for rows in _segments(plan_rows(layer.router(x)).ends, 512)]
+    assert [new for *_, new in parts].count(True) == 2 and len(parts) > 4 and all(end - begin <= 512 for begin, end, _ in parts)
+    def slow(x): return loop(x, layer.router(x), layer.experts)
+    y, grads = gradients(layer, x, layer)
+    expected, slow_grads = gradients(slow, x, layer)
+    assert torch.allclose(y, expected) and same(grads, slow_grads)
+    with torch.no_grad(): assert torch.equal(layer(x), y)
+
+
+def test_gradients_of_half_precision_are_not_rounded_part_by_part():
+    layer, x = make(num_experts=2, execution="segments", dtype=torch.bfloat16), tokens(1300, torch.bfloat16)
+    assert len([*_segments(plan_rows(layer.router(x)).ends, _at_a_time(x, 2600))]) == 2
+
+
 @pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "silu"])
 @pytest.mark.parametrize("router", ["topk", "balanced", "expert choice"])
-def test_gradcheck_of_the_segments(kind, router):
+def test_gradcheck_of_the_segments(kind, router, monkeypatch):
+    monkeypatch.setattr("sharetie.experts._at_a_time", lambda x, rows: 2)
     torch.manual_seed(0)
     layer = MoE(2, 3, 3, 2, router=router, expert=kind, bias=True, dtype=torch.float64)
     names, parameters = zip(*layer.named_parameters())
@@ -125,6 +143,7 @@ def test_auto_groups_few_rows_and_the_rest_is_segments():
     layer = make()
     for name in ("segments", "grouped"): assert make(execution=name).experts.execution == name
     assert layer.experts._groups(tokens(), 50) and not layer.experts._groups(tokens(), 5000)
+    assert not layer.experts._groups(tokens(dtype=torch.bfloat16), 50)
     many = tokens(1000)
     assert torch.allclose(layer(many)[:20], layer(many[:20]), atol=1e-6)
     with pytest.raises(ValueError, match="did you mean 'grouped'"): make(execution="group")
