@@ -26,7 +26,7 @@ SIZES = [{"tokens": 2048, "experts": 8, "top_k": 2, "dim": 256, "hidden": 512},
 PEERS = {"transformers, eager": "eager", "transformers, grouped_mm": "grouped_mm", "transformers, batched_mm": "batched_mm"}
 LARGE = 256  # tokens above which batched_mm is left out: it copies both matrices for each slot
 RUNS = {2048: 10, 8192: 6, 65536: 4}  # up to so many tokens
-LONG = 4096  # tokens above which only single precision is timed on CPUs: those without bfloat16 emulate it for minutes
+LONG, TWICE = 4096, 2  # tokens above which bfloat16 is timed twice only on CPUs: those without it emulate it for minutes
 PARTS = {"products": ["mm", "addmm", "bmm", "_grouped_mm"], "rows gathered and summed": ["index_select", "_embedding_bag", "_embedding_bag_forward_only"],
          "activation": ["silu", "silu_backward", "mul", "mul_", "sum"],
          "router, sorting": ["_softmax", "_softmax_backward_data", "topk", "sort", "searchsorted", "scatter", "div"]}
@@ -123,20 +123,21 @@ def main(device):
     if device.type == "cpu": torch.set_num_threads(1)
     rows = []
     for size in SIZES:
-        runs = next(n for tokens, n in RUNS.items() if size["tokens"] <= tokens)
-        for dtype in (torch.float32, torch.bfloat16)[:2 if size["tokens"] <= LONG or device.type == "cuda" else 1]:
+        for dtype in (torch.float32, torch.bfloat16):
+            slow = dtype == torch.bfloat16 and device.type == "cpu" and size["tokens"] > LONG
+            runs = TWICE if slow else next(n for tokens, n in RUNS.items() if size["tokens"] <= tokens)
             layers, x = candidates(size, dtype, device)
             x.requires_grad_()
             for name, back in (("forward", False), ("forward and backward", True)):
-                seconds = samples({key: step(layer, x, back) for key, layer in layers.items()}, device, runs, warmup=1)
+                seconds = samples({key: step(layer, x, back) for key, layer in layers.items()}, device, runs, warmup=not slow)
                 times = {key: statistics.median(t) for key, t in seconds.items()}
                 best = min(times.keys() - {"ours", "dense"}, key=times.get)
-                low, _, high = statistics.quantiles([a / b for a, b in zip(seconds["ours"], seconds[best])])
+                low, _, high = statistics.quantiles([a / b for a, b in zip(seconds["ours"], seconds[best])], method="inclusive")
                 rows.append({"": name, "dtype": str(dtype).removeprefix("torch."), **size, "ours, ms": 1e3 * times["ours"],
                              "ours / dense": times["ours"] / times["dense"], "ours / best peer": times["ours"] / times[best], "quartiles": [low, high],
                              **{f"{key} / dense": t / times["dense"] for key, t in times.items() if key not in ("ours", "dense")}})
-        print(f"{size}: done", flush=True)
-    keep(f"moe_{device.type}", rows, runs=RUNS, absent="" if mixtral else "transformers", limits=LIMITS, machine=machine(device))
+            print(f"{size}, {dtype}: done", flush=True)
+    keep(f"moe_{device.type}", rows, runs=RUNS | {f"bfloat16 on a CPU above {LONG}": TWICE}, absent="" if mixtral else "transformers", limits=LIMITS, machine=machine(device))
     if device.type == "cpu": keep("moe_parts_cpu", [row for size in (*SIZES[:2], SIZES[-1]) for row in where(size)], runs=10, machine=machine(device))
 
 
