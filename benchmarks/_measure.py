@@ -83,4 +83,10 @@ def keep(name, rows, **facts):
     temporary.replace(RESULTS / f"{name}.json")
 
 
+def recorded(name):
+    "The rows that `keep` wrote last; none before."
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def _text(value): return f"{value:.3g}" if isinstance(value, float) else str(value)

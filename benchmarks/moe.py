@@ -5,11 +5,12 @@ weights, and give the same output, which is checked first. The dense layer has t
 the limit: what is above 1 goes to the router, to sorting and gathering rows, and to products of fewer rows each.
 """
 import statistics
+import sys
 
 import torch
 from torch import nn
 
-from _measure import keep, machine, samples
+from _measure import keep, machine, recorded, samples
 from sharetie.moe import FeedForward, MoE
 
 try: from transformers.models.mixtral import MixtralConfig, modeling_mixtral as mixtral
@@ -119,11 +120,12 @@ def where(size):
         for key in times: yield {"": key, "pass": name, **size, **{part: t / total for part, t in times[key].items()}}
 
 
-def main(device):
+def main(device, kinds):
+    "Measure the `kinds` of numbers; rows of others stay as they were recorded."
     if device.type == "cpu": torch.set_num_threads(1)
-    rows = []
+    rows = [row for row in recorded(f"moe_{device.type}") if row["dtype"] not in kinds]
     for size in SIZES:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (getattr(torch, kind) for kind in kinds):
             slow = dtype == torch.bfloat16 and device.type == "cpu" and size["tokens"] > LONG
             runs = TWICE if slow else next(n for tokens, n in RUNS.items() if size["tokens"] <= tokens)
             layers, x = candidates(size, dtype, device)
@@ -137,10 +139,12 @@ def main(device):
                              "ours / dense": times["ours"] / times["dense"], "ours / best peer": times["ours"] / times[best], "quartiles": [low, high],
                              **{f"{key} / dense": t / times["dense"] for key, t in times.items() if key not in ("ours", "dense")}})
             print(f"{size}, {dtype}: done", flush=True)
+    rows.sort(key=lambda row: (SIZES.index({k: row[k] for k in SIZES[0]}), row["dtype"] != "float32"))
     keep(f"moe_{device.type}", rows, runs=RUNS | {f"bfloat16 on a CPU above {LONG}": TWICE}, absent="" if mixtral else "transformers", limits=LIMITS, machine=machine(device))
-    if device.type == "cpu": keep("moe_parts_cpu", [row for size in (*SIZES[:2], SIZES[-1]) for row in where(size)], runs=10, machine=machine(device))
+    if device.type == "cpu" and "float32" in kinds: keep("moe_parts_cpu", [row for size in (*SIZES[:2], SIZES[-1]) for row in where(size)], runs=10, machine=machine(device))
 
 
 if __name__ == "__main__":
-    for name in ["cpu"] + ["cuda"] * torch.cuda.is_available(): main(torch.device(name))
+    kinds = sys.argv[1:] or ["float32", "bfloat16"]
+    for name in ["cpu"] + ["cuda"] * torch.cuda.is_available(): main(torch.device(name), kinds)
     if not torch.cuda.is_available(): print("no CUDA device: the GPU ratios were not measured; ScatterMoE and MegaBlocks need one")

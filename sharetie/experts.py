@@ -6,6 +6,8 @@
 __all__ = ['FeedForward', 'Experts']
 
 # %% ../nbs/30_experts.ipynb #e3b99ce0
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,6 +110,21 @@ def _at_a_time(x, rows):
     return 512 if x.device.type == "cpu" and exact else max(rows, 1)
 
 
+@functools.cache
+def _is_emulated(dtype):
+    "Has this CPU no products of a dtype of half precision?"
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return name is not None and not (hasattr(torch.ops.mkldnn, name) and getattr(torch.ops.mkldnn, name)())
+
+
+def _product(a, b, out=None, add=False):
+    "a @ b, written to `out`, or added; in single precision where half precision is emulated, many times slower."
+    if a.device.type != "cpu" or not _is_emulated(a.dtype):
+        return torch.mm(a, b, out=out) if not add else torch.addmm(out, a, b, out=out)
+    y = a.float() @ b.float()
+    return y.to(a.dtype) if out is None else out.copy_(out + y if add else y)
+
+
 def _sum_slots(rows, row, first, weight=None):
     "For each token the sum of the rows of its slots, (tokens, dim), in the order of the slots."
     if not len(first) or not len(row): return rows.new_zeros(len(first), rows.shape[1])
@@ -124,9 +141,9 @@ def _forward(x: Tensor, weight: Tensor, ends: Tensor, token: Tensor, slot: Tenso
     out = x.new_empty(len(token), w_out.shape[2])
     for e, begin, end, _ in _segments(ends, most):
         h = (hidden[begin * inner:end * inner] if keep else hidden[:(end - begin) * inner]).view(inner, end - begin)
-        torch.mm(w_in[e], x.index_select(0, token[begin:end]).mT, out=h)
+        _product(w_in[e], x.index_select(0, token[begin:end]).mT, h)
         if b_in is not None: h += b_in[e, :, None]
-        torch.mm(_activate(h, expert, 0).mT, w_out[e], out=out[begin:end])
+        _product(_activate(h, expert, 0).mT, w_out[e], out[begin:end])
         if b_out is not None: out[begin:end] += b_out[e]
     out[end:] = 0  # rows that go nowhere
     return _sum_slots(out, row, first, weight.to(x.dtype)), hidden if keep else x.new_empty(0)
@@ -147,14 +164,14 @@ def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Ten
     rows, scale = x.new_empty(len(token), x.shape[1]), weight[slot].to(x.dtype)
     per_row, inner, end = torch.zeros_like(weight), w_in.shape[1], 0
     for e, begin, end, new in _segments(ends, _at_a_time(x, len(token))):
-        at, before = slice(begin, end), 0 if new else 1
+        at = slice(begin, end)
         dy, h = grad.index_select(0, token[at]), hidden[begin * inner:end * inner].view(inner, end - begin)
-        a, dh, dscale = _activate_backward(torch.mm(w_out[e], dy.mT), h, scale[at], expert)
+        a, dh, dscale = _activate_backward(_product(w_out[e], dy.mT), h, scale[at], expert)
         per_row[at] = dscale if b_out is None else dscale + dy @ b_out[e]
         dy *= scale[at, None]
-        torch.addmm(dw_out[e], a, dy, beta=before, out=dw_out[e])
-        torch.addmm(dw_in[e], dh, x.index_select(0, token[at]), beta=before, out=dw_in[e])
-        torch.mm(dh.mT, w_in[e], out=rows[at])
+        _product(a, dy, dw_out[e], add=not new)
+        _product(dh, x.index_select(0, token[at]), dw_in[e], add=not new)
+        _product(dh.mT, w_in[e], rows[at])
         if b_in is not None: db_in[e] += dh.sum(1)
         if b_out is not None: db_out[e] += dy.sum(0)
     rows[end:] = 0

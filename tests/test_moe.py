@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sharetie.experts import Experts, FeedForward, _at_a_time, _segments
+from sharetie.experts import Experts, FeedForward, _at_a_time, _product, _segments
 from sharetie.moe import MoE, SoftMoE, merge_experts, upcycle
 from sharetie.routing import (Balanced, ExpertChoice, Hash, Router, TopK, drop_overflow, load_balancing_loss, plan_rows, router_z_loss, statistics,
                               update_biases_)
@@ -120,6 +120,22 @@ def test_many_rows_per_expert_are_computed_in_parts(bias):
     expected, slow_grads = gradients(slow, x, layer)
     assert torch.allclose(y, expected) and same(grads, slow_grads)
     with torch.no_grad(): assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_products_of_half_precision(dtype, emulated, monkeypatch):
+    monkeypatch.setattr("sharetie.experts._is_emulated", lambda dtype: emulated)
+    a, b, c = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i, shape in enumerate([(5, 70), (70, 4), (5, 4)]))
+    exact, out = a.double() @ b.double(), c.clone()
+    for found, wanted in ((_product(a, b), exact), (_product(a, b, out).clone(), exact), (_product(a, b, out, add=True), 2 * exact)):
+        assert found.dtype == dtype and torch.allclose(found.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=.02)
+    assert torch.equal(out, found)
+    layer = make(execution="segments", dtype=dtype)
+    assert torch.allclose(layer(tokens(dtype=dtype)), loop(tokens(dtype=dtype), layer.router(tokens(dtype=dtype)), layer.experts), atol=.02)
+    y, grads = gradients(layer, tokens(dtype=dtype), layer)
+    monkeypatch.setattr("sharetie.experts._is_emulated", lambda dtype: not emulated)
+    assert same(grads, gradients(layer, tokens(dtype=dtype), layer)[1], atol=.05, rtol=.05)
 
 
 def test_gradients_of_half_precision_are_not_rounded_part_by_part():
