@@ -29,15 +29,17 @@ def refit(
     W: Tensor,  # (r, d)
     H: Tensor,  # (d, d), or (r, d, d) with one for each row
     mask: Tensor,  # (r, d) bool, what stays
+    extra: Tensor | None = None,  # (r,) what is added to the diagonal of H in each row
 ) -> Tensor:  # (r, d), zero where the mask is false
     """The values that stay, such that the outputs of a layer change least.
 
     Raises TypeError or ValueError for matrices that do not fit or leave no best value. Source: Frantar and Alistarh 2022."""
-    _check_rows(W, H)
+    _check_rows(W, H, extra)
     _check_mask(mask, W.shape)
     found, wanted = torch.zeros_like(W), (W[:, None] @ H)[:, 0]
+    if extra is not None: wanted += extra[:, None] * W
     for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H)):
-        keep, own = mask[rows].to(W.dtype), H if H.ndim == 2 else H[rows]
+        keep, own = mask[rows].to(W.dtype), _own(H, extra, rows)
         system = keep[:, :, None] * own * keep[:, None]
         system.diagonal(dim1=1, dim2=2).add_(1 - keep)
         found[rows], info = torch.linalg.solve_ex(system, keep * wanted[rows])
@@ -45,13 +47,16 @@ def refit(
     return found
 
 
-def _check_rows(W, H):
-    "Raise unless W is a matrix and H one of its columns, or several."
+def _check_rows(W, H, extra):
+    "Raise unless W is a matrix, H one of its columns, or several, and extra a number for each row."
     tensor(W, "W", floating=True, ndim=2, filled=True, finite=True)
     tensor(H, "H", floating=True, finite=True)
     shape = (W.shape[1],) * 2
     fine = H.shape in (shape, (len(W), *shape)) and H.dtype == W.dtype
     need(fine, "H", f"a tensor of {W.dtype} and shape {shape}, or one for each row,", (H.dtype, tuple(H.shape)))
+    if extra is None: return
+    tensor(extra, "extra", floating=True, shape=(len(W),), finite=True)
+    need(extra.dtype == W.dtype and bool((extra >= 0).all()), "extra", f"numbers of {W.dtype} from 0 on", extra)
 
 
 def _check_mask(mask, shape):
@@ -60,9 +65,18 @@ def _check_mask(mask, shape):
     return mask
 
 
-def _at_a_time(H, numbers=2 ** 24):
-    "For how many rows a matrix each may be in memory."
+def _at_a_time(H, numbers=2 ** 22):
+    "How many matrices may be in memory."
     return max(1, numbers // H.shape[-1] ** 2)
+
+
+def _own(H, extra, rows):
+    "The matrix of some rows, or one for each where they differ."
+    own = H if H.ndim == 2 else H[rows]
+    if extra is None: return own
+    own = own.expand(len(rows), *H.shape[-2:]).clone()
+    own.diagonal(dim1=1, dim2=2).add_(extra[rows, None])
+    return own
 
 # %% ../nbs/40_layerwise.ipynb #80484656
 def _greedy_costs(W, inverse, mask, limit):
@@ -89,11 +103,11 @@ def _full(gone, n, m):
     return (gone.view(len(gone), -1, m).sum(2) >= m - n).repeat_interleave(m, 1)
 
 # %% ../nbs/40_layerwise.ipynb #1f42701f
-def _greedy(W, H, mask, sparsity, limit):
+def _greedy(W, H, extra, mask, sparsity, limit):
     "The mask of the exact surgeon, row by row."
     parts = []
-    for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H, 2 ** 22)):
-        inverse = _inverse(H if H.ndim == 2 else H[rows]).expand(len(rows), *H.shape[-2:]).clone()
+    for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H)):
+        inverse = _inverse(_own(H, extra, rows)).expand(len(rows), *H.shape[-2:]).clone()
         parts.append(_greedy_costs(W[rows], inverse, mask[rows], limit))
     order, costs = (torch.cat(part) for part in zip(*parts))
     if limit is not None:
@@ -125,22 +139,25 @@ def _free(U, sums, a, b):
     return torch.linalg.solve_triangular(U[:, a:b, a:b].mT, sums, upper=False)
 
 # %% ../nbs/40_layerwise.ipynb #263525e6
-def _block(W, U, mask, sparsity, limit, block):
-    "New weights and mask by the fixed order; W and mask (g, d, r), with one factor U (g, d, d) for r rows each."
-    g, d, r = W.shape
-    new, out, D, gone = W.clone(), mask.clone(), torch.zeros_like(W), 0
-    scale = U.diagonal(dim1=1, dim2=2)[:, :, None]
-    for s in range(0, d, block):
-        e = min(s + block, d)
-        new[:, s:e] += _free(U, U[:, :s, s:e].mT @ D[:, :s], s, e)
-        if limit is None:
-            scores = (new[:, s:e] * scale[:, s:e]).square().masked_fill(~mask[:, s:e], -1)
-            n = max(round(sparsity * g * e * r) - gone, 0)  # less is left to do where much is out before
-            out[:, s:e] = _best(scores.flatten(), scores.numel() - n).view_as(scores) & mask[:, s:e]
-            gone += int((~out[:, s:e]).sum())
-        _columns(U[:, s:e, s:e], scale[:, s:e], mask[:, s:e], limit, new[:, s:e], out[:, s:e])
-        D[:, s:e] = W[:, s:e] - new[:, s:e]
-    return new, out
+class _Rows:
+    "Rows that lose entries from left to right: W and mask (g, d, r), with one factor U (g, d, d) for r rows each."
+    def __init__(self, W, mask, U):
+        self.W, self.new, self.D, self.mask, self.out = W, W.clone(), torch.zeros_like(W), mask, mask.clone()
+        self.U, self.scale = U, U.diagonal(dim1=1, dim2=2)[:, :, None]
+
+    def enter(self, s, e):
+        "Let columns s to e make up for what is gone before them."
+        self.new[:, s:e] += _free(self.U, self.U[:, :s, s:e].mT @ self.D[:, :s], s, e)
+
+    def scores(self, s, e):
+        "What the loss of each entry costs, -1 where it is out before."
+        return (self.new[:, s:e] * self.scale[:, s:e]).square().masked_fill(~self.mask[:, s:e], -1)
+
+    def leave(self, s, e, limit):
+        "Take out of columns s to e what is chosen, or choose by a pattern on the way."
+        own = self.U[:, s:e, s:e], self.scale[:, s:e], self.mask[:, s:e]
+        _columns(*own, limit, self.new[:, s:e], self.out[:, s:e])
+        self.D[:, s:e] = self.W[:, s:e] - self.new[:, s:e]
 
 
 def _columns(U, scale, mask, limit, new, out):
@@ -156,15 +173,40 @@ def _columns(U, scale, mask, limit, new, out):
         else: now *= out[:, j:j + m]
         E[:, j:j + m] = held - now
 
+# %% ../nbs/40_layerwise.ipynb #96d7454e
+def _quota(mask, sparsity):
+    "How many of the first n entries that are not out before go, as a function of n; a part of all is out in the end."
+    left, known = int(mask.sum()), int((~mask).sum())
+    goal = max(round(sparsity * mask.numel()) - known, 0)
+    rate = max(sparsity - (1 - sparsity) * known / max(left, 1), 0)
+    return lambda n: goal if n == left else round(rate * n)
+
+
+def _block(groups, quota, limit, block, passed=0):
+    "Let groups of rows lose entries, which compete in each block of columns; entries passed, those of before included."
+    free = [passed, *(sum(rows.mask.sum((0, 2)) for rows in groups).cumsum(0) + passed).tolist()]
+    for s in range(0, len(free) - 1, block):
+        e = min(s + block, len(free) - 1)
+        for rows in groups: rows.enter(s, e)
+        if limit is None:
+            scores = [rows.scores(s, e) for rows in groups]
+            stay = free[e] - free[s] - quota(free[e]) + quota(free[s])
+            best = _best(torch.cat([own.flatten() for own in scores]), stay).split([own.numel() for own in scores])
+            for rows, own in zip(groups, best): rows.out[:, s:e] = own.view_as(rows.out[:, s:e])
+        for rows in groups: rows.leave(s, e, limit)
+    return free[-1]
+
 # %% ../nbs/40_layerwise.ipynb #07975e0f
 _METHODS = "block", "greedy", "once"
 
 
-def _dampened(H, damp):
-    "H with a part of the mean of its diagonal added to the diagonal."
-    mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
-    need(bool((mean > 0).all()), "H", "one of inputs that are not all 0", "zeros")
-    return H + torch.diag_embed((real(damp, "damp", 0) * mean)[..., None].expand(*H.shape[:-1]))
+def _dampened(H, extra, damp):
+    "H and what rows add to its diagonal, each with a part of the mean of the diagonal added to it."
+    mean, damp = H.diagonal(dim1=-2, dim2=-1).mean(-1), real(damp, "damp", 0)
+    need(bool((mean + (0 if extra is None else extra) > 0).all()), "H", "one of inputs that are not all 0", "zeros")
+    H = H.clone()
+    H.diagonal(dim1=-2, dim2=-1).add_(damp * mean[..., None])
+    return H, None if extra is None else (1 + damp) * extra
 
 # %% ../nbs/40_layerwise.ipynb #f88c4426
 @torch.no_grad()
@@ -177,37 +219,61 @@ def prune_rows(
     mask: Tensor | None = None,  # (r, d) bool, false for what is out before
     damp: float = .01,  # part of the mean of H's diagonal that is added to it
     block: int | None = None,  # columns of which one choice is made, for "block"; None for an eighth, from 4 to 128
+    extra: Tensor | None = None,  # (r,) what is added to the diagonal of H in each row
 ) -> tuple[Tensor, Tensor]:  # new weights and mask, both (r, d)
     """Take entries out of a matrix, and move the others, such that its outputs change little.
 
-    Raises TypeError or ValueError for matrices, sparsities and patterns that do not fit.
+    Rows of equal `extra` share a matrix. Of matrices (d, d) there are as many in memory at a time as have 2^24 numbers,
+    or one; rows whose matrices are not there together compete among themselves in "block". Raises TypeError or
+    ValueError for matrices, sparsities and patterns that do not fit.
     Sources: Dong et al. 2017 ("once"), Frantar and Alistarh 2022 ("greedy") and 2023 ("block")."""
-    _check_rows(W, H)
+    _check_rows(W, H, extra)
     one_of(method, "method", _METHODS)
     block = max(4, min(W.shape[1] // 8, 128)) if block is None else whole(block, "block", 1)
     need((sparsity is None) != (pattern is None), "prune_rows", "one of sparsity and pattern", (sparsity, pattern))
     limit = None if pattern is None else _read_pattern(pattern, {"W": W.shape})
     sparsity = None if sparsity is None else _part(sparsity)
     mask = torch.ones_like(W, dtype=torch.bool) if mask is None else _check_mask(mask, W.shape)
-    H = _dampened(H, damp)
-    if method == "block": return _all_blocks(W, H, mask, sparsity, limit, block)
-    if method == "greedy": mask = _greedy(W, H, mask, sparsity, limit)
+    H, extra = _dampened(H, extra, damp)
+    if method == "block": return _all_blocks(W, H, extra, mask, sparsity, limit, block)
+    if method == "greedy": mask = _greedy(W, H, extra, mask, sparsity, limit)
     else:
-        rises = (W.square() / _inverse(H).diagonal(dim1=-2, dim2=-1)).masked_fill(~mask, -1)
+        rises = _rises(W, H, extra).masked_fill(~mask, -1)
         mask = mask & (_by_pattern(rises, *limit) if limit is not None else
                        _best(rises.flatten(), W.numel() - round(sparsity * W.numel())).view_as(mask))
-    return refit(W, H, mask), mask
+    return refit(W, H, mask, extra), mask
 
 # %% ../nbs/40_layerwise.ipynb #4756077e
-def _all_blocks(W, H, mask, sparsity, limit, block):
-    "One factor for all rows, or one for each, some at a time."
+def _matrices(H, extra, r):
+    "Rows and what they share, some at a time: lists of (rows (g, r), matrices (g, d, d)), one for r rows each."
+    rows, n = torch.arange(r, device=H.device), _at_a_time(H, 2 ** 24)
+    if H.ndim == 3: yield from ([(some[:, None], _own(H, extra, some))] for some in rows.split(n))
+    elif extra is None: yield [(rows[None], H[None])]
+    else:
+        alike = extra.argsort(stable=True).split(extra.unique(return_counts=True)[1].tolist())
+        for some in (alike[i:i + n] for i in range(0, len(alike), n)):
+            sizes = [torch.stack([own for own in some if len(own) == size]) for size in dict.fromkeys(map(len, some))]
+            yield [(own, _own(H, extra, own[:, 0])) for own in sizes]
+
+
+def _rises(W, H, extra):
+    "How much the error rises without each entry alone, (r, d)."
+    rises = torch.empty_like(W)
+    for rows, own in (group for some in _matrices(H, extra, len(W)) for group in some):
+        rises[rows] = W[rows].square() / _inverse(own).diagonal(dim1=1, dim2=2)[:, None]
+    return rises
+
+
+def _all_blocks(W, H, extra, mask, sparsity, limit, block):
+    "The fixed order for all rows."
     if limit is not None: block = max(1, block // limit[1]) * limit[1]
-    if H.ndim == 2:
-        new, out = _block(W.T.contiguous()[None], _factor(H)[None], mask.T.contiguous()[None], sparsity, limit, block)
-        return new[0].T.contiguous(), out[0].T.contiguous()
-    parts = [_block(W[rows, :, None], _factor(H[rows]), mask[rows, :, None], sparsity, limit, block)
-             for rows in torch.arange(len(W), device=W.device).split(_at_a_time(H))]
-    return tuple(torch.cat(part)[..., 0] for part in zip(*parts))
+    new, out, passed = torch.empty_like(W), torch.empty_like(mask), 0
+    quota = None if sparsity is None else _quota(mask, sparsity)
+    for some in _matrices(H, extra, len(W)):
+        groups = [_Rows(W[rows].mT.contiguous(), mask[rows].mT.contiguous(), _factor(own)) for rows, own in some]
+        passed = _block(groups, quota, limit, block, passed)
+        for (rows, _), own in zip(some, groups): new[rows], out[rows] = own.new.mT, own.out.mT
+    return new, out
 
 # %% ../nbs/40_layerwise.ipynb #2c3154fe
 class Calibration(NamedTuple):
@@ -384,8 +450,9 @@ def layerwise_(
 ) -> pd.DataFrame:  # a row per stored weight: size, left, error (of its outputs, as a part of their variation)
     """Prune layers such that each puts out what it did, and move what is left to make up for what goes.
 
-    A tied weight is pruned once for all of its layers. What goes is masked. Raises as `calibrate` and `prune_rows` do;
-    the model is then as it was. Sources: Dong et al. 2017; Frantar and Alistarh 2022, 2023."""
+    A tied weight is pruned once for all of its layers. What goes is masked. The model runs once, in a cascade once for
+    each weight. Memory holds a matrix (d, d) for each weight of d columns, and what `prune_rows` takes. Raises as
+    `calibrate` and `prune_rows` do; the model is then as it was. Sources: Dong et al. 2017; Frantar and Alistarh 2022, 2023."""
     need(isinstance(cascade, bool), "cascade", "True or False", cascade, TypeError)
     weights = _weights(model, names)
     parts = _sparsities(weights, sparsity)
@@ -436,14 +503,14 @@ def _prune_one(weight, seen, sparsity, pattern, method, damp, block):
     old = _seen(weight).flatten(1)[:, order].to(exact, copy=True)
     hessian = seen.hessian[order[:, None], order].to(old.dtype)
     known = None if weight.mask is None else weight.mask.mask.flatten(1)[:, order]
-    if seen.counts is not None:
-        hessian = hessian + torch.diag_embed(seen.counts[:, None].to(old.dtype).expand(-1, old.shape[1]))
+    counts = old.new_zeros(len(old)) if seen.counts is None else seen.counts.to(old.dtype)
     wanted, got = ("differ between examples", "equal ones") if seen.means else ("are not all 0", "zeros")
-    need(bool(hessian.any()), "x", f"examples at which the inputs of {weight.name!r} {wanted}", got)
-    new, mask = prune_rows(old, hessian, sparsity, pattern, method, known, damp, block)
+    need(bool(hessian.any() or counts.any()), "x", f"examples at which the inputs of {weight.name!r} {wanted}", got)
+    new, mask = prune_rows(old, hessian, sparsity, pattern, method, known, damp, block,
+                           None if seen.counts is None else counts)
     change, back = old - new, order.argsort()
     for bias, mean in seen.means: bias += change @ mean[order].to(change.dtype)
     weight.tensor.copy_(new[:, back].view(shape))
-    def size(w): return (w[:, None] @ hessian * w[:, None]).sum().item()
+    def size(w): return ((w @ hessian + counts[:, None] * w) * w).sum().item()
     error = size(change) / max(size(old), torch.finfo(torch.float32).tiny)
     return mask[:, back].view(shape), [mask.numel(), int(mask.sum()), error]

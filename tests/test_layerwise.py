@@ -7,7 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import sharetie.layerwise
 from sharetie.checking import check_ties
 from sharetie.embeddings import ScaledEmbedding
 from sharetie.layerwise import _METHODS as METHODS, calibrate, layerwise_, prune_rows, refit
@@ -208,6 +211,38 @@ def test_the_error_of_a_table_is_that_of_both_roles():
     assert table["error"].item() == pytest.approx((size(change) / size(before)).item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{"sparsity": .4}, {"pattern": "2:4"}])
+def test_rows_with_more_on_the_diagonal_are_rows_with_a_matrix_each(options, method):
+    W, H = problem(9, 12)
+    extra = torch.tensor([0., 1, 0, .5, 0, 2, 1, .5, 0]).double()
+    options |= {"method": method, "block": 5}
+    each = prune_rows(W, H + extra[:, None, None] * torch.eye(12), **options)
+    for given in (H, H.expand(9, 12, 12)):
+        for a, b in zip(prune_rows(W, given, extra=extra, **options), each): torch.testing.assert_close(a, b)
+
+
+class Largest(TorchDispatchMode):
+    "How many numbers the largest tensor has that is made while it is on."
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_table_takes_no_matrix_for_each_word(method, monkeypatch):
+    torch.manual_seed(0)
+    words, x = Speaker(words=400, width=16), torch.randint(400, (50, 5))
+    monkeypatch.setattr(sharetie.layerwise, "_at_a_time", lambda H, numbers=0: 8)
+    with Largest() as largest: layerwise_(words, x, .5, names="table.weight", method=method)
+    assert largest.numbers <= 50 * 5 * 400  # outputs of the model; a matrix for each word had 400 · 16²
+    with Largest() as largest: prune_rows(words.table.weight.detach(), torch.eye(16), .5, method=method, extra=torch.arange(400) % 20 / 20)
+    assert largest.numbers <= 400 * 16
+
+
 def test_what_a_layer_cannot_see_is_refused():
     class Coder(nn.Module):
         def __init__(self):
@@ -366,7 +401,8 @@ def test_bad_weights_change_nothing():
 
 W, H = torch.rand(3, 4), torch.eye(4)
 ROWS = {"W": (dict(W=torch.rand(4)), ValueError), "H": (dict(H=torch.eye(3)), ValueError), "types": (dict(H=H.double()), ValueError), "nan": (dict(W=W * torch.nan), ValueError),
-        "mask": (dict(mask=torch.ones(3, 3, dtype=torch.bool)), ValueError), "not definite": (dict(H=-H), ValueError), "zeros": (dict(H=0 * H), ValueError), "kind": (dict(W=3), TypeError), "mask": (dict(mask=torch.ones(3, 4)), TypeError)}
+        "mask": (dict(mask=torch.ones(3, 3, dtype=torch.bool)), ValueError), "not definite": (dict(H=-H), ValueError), "zeros": (dict(H=0 * H), ValueError), "kind": (dict(W=3), TypeError), "extra": (dict(extra=torch.ones(2)), ValueError), "extra below 0": (dict(extra=-torch.ones(3)), ValueError),
+        "extra of another type": (dict(extra=torch.ones(3).double()), ValueError), "mask": (dict(mask=torch.ones(3, 4)), TypeError)}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -398,6 +434,45 @@ def test_what_is_out_comes_back_for_no_method(method, options, left):
     if method != "block" or left == 30: torch.testing.assert_close(new, refit(W * known, H, mask))
     if method == "greedy" and "sparsity" in options:  # the same as the smaller problem of the columns that are left
         assert torch.equal(mask[:, 6:], prune_rows(W[:, 6:], H[6:, 6:], 1 - left / 30, method=method, damp=0)[1])
+
+
+SIDES = {"late columns": lambda r, d: (torch.arange(d) < d // 2).expand(r, d), "early columns": lambda r, d: (torch.arange(d) >= d // 2).expand(r, d),
+         "some rows": lambda r, d: (torch.arange(r) % 2 == 0)[:, None].expand(r, d), "the last column": lambda r, d: (torch.arange(d) < d - 1).expand(r, d),
+         "at random in late columns": lambda r, d: (torch.rand(r, d) < .1) | (torch.arange(d) < d // 2)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rows", ["shared", "one each", "of three kinds"])
+@pytest.mark.parametrize("side", SIDES)
+def test_what_is_out_counts_wherever_it_is(side, rows, method, monkeypatch):
+    "The part that is out is the one asked for, or what was out before where that is more; also where rows come some at a time."
+    W, H = problem(14, 20)
+    known = SIDES[side](14, 20).clone()
+    extra = None if rows != "of three kinds" else (torch.arange(14) % 3).double()
+    if rows == "one each": H = H.expand(14, 20, 20)
+    if rows != "shared": monkeypatch.setattr(sharetie.layerwise, "_at_a_time", lambda H, numbers=0: 2)
+    for sparsity in (0., .3, .5, .55, .7, .95):
+        new, mask = prune_rows(W * known, H, sparsity, method=method, mask=known, extra=extra, block=4)
+        assert int((~mask).sum()) == max(round(sparsity * 280), int((~known).sum()))
+        assert not (mask & ~known).any() and (new[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_are_sparse_enough_lose_nothing(method):
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 32)
+    with torch.no_grad(): layer.weight[:, 32:] *= .01
+    prune_(layer, magnitude(layer), .5)
+    before = masks_of(layer)["weight"].clone()
+    layerwise_(layer, torch.randn(100, 64), .5, method=method)
+    assert torch.equal(masks_of(layer)["weight"], before) and int(before.sum()) == 1024
+
+
+def test_columns_lose_equal_parts_of_what_is_left():
+    W, H = problem(40, 24, 200)
+    known = SIDES["late columns"](40, 24)
+    _, mask = prune_rows(W * known, H, .75, mask=known, block=3)
+    assert (mask[:, :12].view(40, 4, 3).sum((0, 2)) == 60).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
