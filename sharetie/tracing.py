@@ -448,7 +448,7 @@ def _graph(model, held, tracer):
                          for name, p in module._parameters.items() if p is not None and p.ndim
                          and f"{path}.{name}".lstrip(".") in once.values()}
     readers = {name: [[d, units(ids)] for d, ids in rows][0] for name, rows in tracer.read_in.items()
-               if len({ids.tobytes() for _, ids in rows}) == 1}
+               if len({units(ids).tobytes() for _, ids in rows}) == 1}
     again = [(ids, f"several calls of {name!r}") for name, rows in tracer.read_in.items() if name not in readers
              for _, ids in rows]
     sizes = [(module, name, units(ids)) for module, name, ids in tracer.sizes if ids is not None]
