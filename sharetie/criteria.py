@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev, vmap
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .errors import function, need, tensor, whole
 from .groups import functional
@@ -45,23 +45,30 @@ def taylor(
 ) -> dict[str, Tensor]:  # by name, of the shape of the weight
     """Scores |g w|, how much the loss would change without each weight, were it linear.
 
-    Raises TypeError or ValueError for bad data, and as `edges` does. Source: Molchanov et al. 2017, for weights."""
-    x, y = _examples(model, data, loss)
+    Raises TypeError or ValueError for bad data, a loss in parts that is no mean over examples, and as `edges` does.
+    Source: Molchanov et al. 2017, for weights."""
+    parts = _parts(*_examples(model, data, loss), batch_size)
     weights, total = _weights(model, names), []
     tensors = [w.tensor for w in weights.values()]
     with _mode(model, False), torch.enable_grad(), _trainable(model, tensors):
-        for x, y, share in _parts(x, y, batch_size):
+        _check_mean(model, parts, loss)
+        for x, y, share in parts:
             with _fitting("data"): value = loss(model(x), y)
             _check_reached(_one_number(value))
             total.append([share * g for g in torch.autograd.grad(value, tensors, materialize_grads=True)])
     return {name: (sum(own) * _seen(w)).detach().abs() for (name, w), own in zip(weights.items(), zip(*total))}
 
 # %% ../nbs/40_criteria.ipynb #f5a72c49
-def _one_number(value):
-    "A loss, if it is one finite number."
+def _number(value):
+    "A loss, if it is one number."
     fine = isinstance(value, Tensor) and value.numel() == 1
     need(fine, "loss", "a function to one number", value)
-    need(bool(value.isfinite()), "data", "examples at which the loss is finite", value.item())
+    return value
+
+
+def _one_number(value):
+    "A loss, if it is one finite number."
+    need(bool(_number(value).isfinite()), "data", "examples at which the loss is finite", value.item())
     return value
 
 
@@ -100,6 +107,21 @@ class _trainable:
 
     def __exit__(self, *error):
         for p, needed in self.before: p.requires_grad_(needed)
+
+# %% ../nbs/40_criteria.ipynb #e3ce825a
+@torch.no_grad()
+def _check_mean(model, parts, loss):
+    "Raise unless the loss of several parts is on average that of all examples; it costs a forward pass."
+    if len(parts) < 2: return
+    with _fitting("data"): outs, targets, shares = zip(*[(model(x), y, share) for x, y, share in parts])
+    def joined(*own):
+        if not isinstance(own[0], Tensor): return own[0]
+        return torch.cat(own) if own[0].ndim else sum(share * o for share, o in zip(shares, own))
+    with _fitting("data"):
+        each = sum(share * _number(loss(out, y)) for out, y, share in zip(outs, targets, shares))
+        whole = _number(loss(tree_map(joined, *outs), torch.cat(targets)))
+    fine = torch.isclose(each, whole, max(1e-3, 8 * torch.finfo(whole.dtype).eps), 1e-6, equal_nan=True)
+    need(bool(fine), "loss", "a mean over examples", f"{whole.item():.4g} for examples of {each.item():.4g} on average")
 
 # %% ../nbs/40_criteria.ipynb #8c7ec918
 class _Each(torch.autograd.Function):

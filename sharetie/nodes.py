@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
-from .criteria import _fitting
+from .criteria import _check_mean, _fitting, _number
 from .errors import function, need, one_of, real, tensor, whole
 from .shrinking import chosen_units
 from .tracing import UnitGraph, _traced, plain_forward
@@ -66,7 +66,7 @@ class Probe:
     def __init__(self,
         model: nn.Module,
         data,  # (x, y)
-        loss: Callable,  # of (output, y) to a scalar
+        loss: Callable,  # of (output, y) to the mean over examples
         layers: Iterable[str] | None = None,  # to look at; None for all that can be pruned
         without: Mapping[str, Iterable] | None = None,  # units that are as good as gone
         batch_size: int | None = None,  # examples at a time; None for all
@@ -100,11 +100,7 @@ class Probe:
         finally:
             for hook in hooks: hook.remove()
 
-    def _loss(self, x, y):
-        value = self.loss(self.model(x), y)
-        fine = isinstance(value, Tensor) and value.numel() == 1
-        need(fine, "loss", "a function to one number", value)
-        return value
+    def _loss(self, x, y): return _number(self.loss(self.model(x), y))
 
     def left(self) -> list[int]:
         "The places among the gains of the units that are not gone."
@@ -119,16 +115,18 @@ class Probe:
 def brute_force(
     model: nn.Module,
     data,  # (x, y)
-    loss: Callable,  # of (output, y) to a scalar
+    loss: Callable,  # of (output, y) to the mean over examples
     layers: Iterable[str] | None = None,  # None for all that can be pruned
     without: Mapping[str, Iterable] | None = None,  # units that are as good as gone
     batch_size: int | None = None,  # examples at a time; None for all
 ) -> dict[str, Tensor]:  # by layer, the rise of the loss when a unit is removed
     """How much the loss rises without each unit, measured.
 
-    Raises TypeError or ValueError for bad arguments and layers that cannot be pruned. Source: Wolfe et al. 2017."""
+    Raises TypeError or ValueError for bad arguments, layers that cannot be pruned, and a loss in parts that is no mean
+    over examples. Source: Wolfe et al. 2017."""
     probe = Probe(model, data, loss, layers, without, batch_size)
     with plain_forward(model):
+        _check_mean(model, probe.parts, loss)
         now, gains = probe.run(probe.start), probe.start.clone()
         rises = torch.zeros_like(gains, dtype=now.dtype)
         for k in probe.left():
@@ -144,6 +142,7 @@ def _taylor(order, model, data, loss, layers, without, batch_size):
     plain = sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext()  # fused attention has one derivative
     total = torch.zeros_like(probe.start)
     with plain_forward(model), torch.enable_grad(), plain:
+        _check_mean(model, probe.parts, loss)
         for part in probe.parts:
             gains = probe.start.clone().requires_grad_()
             slope, = torch.autograd.grad(probe.run(gains, [part]), gains, create_graph=order == 2)
@@ -304,7 +303,7 @@ def by_size(
 def removal_curve(
     model: nn.Module,  # stays as it is
     data,  # (x, y)
-    loss: Callable,  # of (output, y) to a scalar
+    loss: Callable,  # of (output, y) to the mean over examples
     criterion: Callable,  # such as `brute_force`
     layers: Iterable[str] | None = None,  # None for all that can be pruned
     again: bool = True,  # rank again after each removal?
@@ -312,12 +311,14 @@ def removal_curve(
 ) -> pd.DataFrame:  # a row per removal, none first: layer, unit, part (removed), loss
     """Remove units one by one, the least first, until each layer has one, and see how the loss grows.
 
-    Raises as the criterion does, and for scores that are NaN. Source: Wolfe et al. 2017, algorithms 1 and 2."""
+    Raises as `brute_force` and the criterion do, and for scores that are NaN. Source: Wolfe et al. 2017, algorithms 1 and 2."""
     function(criterion, "criterion", ["model", "data", "loss", "layers", "without"])
     probe, gone = Probe(model, data, loss, layers, batch_size=batch_size), {}
     options = {} if batch_size is None else {"batch_size": batch_size}
     gains, rows, scores = probe.start.clone(), [("", -1)], None
-    with plain_forward(model): losses = [probe.run(gains).item()]
+    with plain_forward(model):
+        _check_mean(model, probe.parts, loss)
+        losses = [probe.run(gains).item()]
     while rank := _left(probe, gains):
         if again or scores is None: _check_scores(scores := criterion(model, data, loss, probe.layers, gone, **options))
         name, i, k = min(rank, key=lambda row: float(scores[row[0]][row[1]]))

@@ -203,6 +203,7 @@ BAD = {
     "no examples": (lambda: obd(nn.Linear(3, 2), (torch.rand(0, 3), torch.rand(0, 2)), F.mse_loss), ValueError, "at least one example"),
     "lengths": (lambda: taylor(nn.Linear(3, 2), (GOOD[0], GOOD[1][:2]), F.mse_loss), ValueError, "as many examples"),
     "no loss": (lambda: taylor(nn.Linear(3, 2), GOOD, 3), TypeError, "loss: a function"),
+    "sum of parts": (lambda: taylor(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum(), batch_size=1), ValueError, "loss: a mean over examples"),
     "sum": (lambda: obd(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum()), ValueError, "a mean over examples"),
     "batch": (lambda: obd(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), GOOD, F.mse_loss), ValueError, "layer_norm mixes entries"),
     "names": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, names="wieght"), ValueError, "matches none"),

@@ -243,6 +243,55 @@ def test_models_with_nothing_to_prune():
     with pytest.raises(ValueError, match="because of mm"): brute_force(Loose(), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss, "a")
 
 
+def chain():
+    "A linear layer and a convolution, each called twice in a chain: what goes in and what comes out are the same units."
+    line, conv = nn.Linear(6, 6), nn.Conv2d(4, 4, 3, padding=1)
+    return {"0": nn.Sequential(nn.Linear(5, 6), line, nn.Tanh(), line, nn.Sigmoid(), nn.Linear(6, 3)).double(),
+            "1": nn.Sequential(nn.Unflatten(1, (1, 5, 1)), nn.Conv2d(1, 4, 1), nn.Sigmoid(), conv, nn.Tanh(), conv, nn.Flatten(), nn.Linear(20, 3)).double()}
+
+
+@pytest.mark.parametrize("layer", ["0", "1"])
+@pytest.mark.parametrize("c", CRITERIA)
+def test_a_module_that_is_called_twice_in_a_chain(c, layer):
+    set_seed(0)
+    model, x = chain()[layer], torch.randn(9, 5).double()
+    data = x, torch.randn(9, 3).double()
+    scores = CRITERIA[c](model, data, F.mse_loss)
+    assert [*scores] == [layer] and scores[layer].isfinite().all()
+    with torch.no_grad(): start = F.mse_loss(model(x), data[1])
+    if c in ("taylor1", "taylor2"):
+        probe, step = Probe(model, data, F.mse_loss), 1e-4
+        losses = [[probe.run(torch.ones(len(scores[layer])).double().index_fill(0, torch.tensor(k), 1 + by)).item() for by in (-step, 0, step)] for k in range(len(scores[layer]))]
+        wanted = [(low - high) / (2 * step) + (c == "taylor2") * (high - 2 * now + low) / step ** 2 / 2 for low, now, high in losses]
+        np.testing.assert_allclose(scores[layer], wanted, atol=1e-6)
+    if c == "activity":
+        reads, name = [], {"0": ("1", "5"), "1": ("3", "7")}[layer]
+        hooks = [model.get_submodule(n).register_forward_pre_hook(lambda m, i, n=n: reads.append((n, i[0].detach()))) for n in name]
+        model(x)
+        for hook in hooks: hook.remove()
+        sizes = [torch.cat([r.view(len(x), len(scores[layer]), -1) for n, r in reads if n == own]).square().mean((0, 2)) for own in name]
+        torch.testing.assert_close(scores[layer], (sum(sizes) / 2 if layer == "0" else (sizes[0] + 5 * sizes[1]) / 6).sqrt())
+    if c != "brute_force": return
+    for k in range(len(scores[layer])):
+        less = copy.deepcopy(model)
+        remove_units_(less, {layer: [k]}, x)
+        with torch.no_grad(): np.testing.assert_allclose(scores[layer][k], F.mse_loss(less(x), data[1]) - start, atol=1e-10)
+
+
+def test_a_module_that_reads_other_units_in_another_call_is_refused():
+    "No product with one weight joins them."
+    class Twofold(nn.Linear):
+        def forward(self, x): return 2 * x
+
+    class Apart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.twice, self.c, self.d = nn.Linear(3, 4), nn.Linear(3, 4), Twofold(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+        def forward(self, x): return self.c(self.twice(self.a(x))) + self.d(self.twice(self.b(x)))
+
+    with pytest.raises(ValueError, match="because of several calls of 'twice'"): brute_force(Apart(), (torch.ones(2, 3), torch.ones(2, 2)), F.mse_loss, "a")
+
+
 def test_probe_of_no_gain():
     model, (x, y), _ = setting("residual")
     probe = Probe(model, (x, y), F.mse_loss)
@@ -401,3 +450,38 @@ def test_a_loss_is_one_number_and_a_batch_one_example_or_more(criterion):
     model, data, _ = setting("mlp")
     with pytest.raises(ValueError, match="loss: a function to one number"): criterion(model, data, lambda output, y: (output - y).square())
     with pytest.raises(ValueError, match="batch_size: "): criterion(model, data, F.mse_loss, batch_size=0)
+
+
+def total(out, y): return F.mse_loss(out, y, reduction="sum")
+def weighed(out, y): return (y * (out - y).square()).sum() / y.sum()
+
+
+@pytest.mark.parametrize("loss", [total, weighed])
+@pytest.mark.parametrize("criterion", ["brute_force", "taylor1", "taylor2"])
+def test_a_loss_in_parts_is_a_mean(criterion, loss):
+    model, (x, y), _ = setting("mlp")
+    data = x, y.abs()
+    assert CRITERIA[criterion](model, data, loss)["0"].isfinite().all()  # all at once, any loss
+    for run in (CRITERIA[criterion], lambda *args, **options: removal_curve(*args, onorm, **options)):
+        with pytest.raises(ValueError, match="loss: a mean over examples is expected, got .* for examples of .* on average"): run(model, data, loss, batch_size=4)
+    for free in (onorm, activity): assert free(model, data, loss, batch_size=4)["0"].isfinite().all()
+
+
+def test_losses_of_outputs_of_any_form_and_in_half_precision():
+    "Parts of outputs in a dictionary are joined, and numbers for a whole batch averaged; half precision is rounded."
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = mlp()
+        def forward(self, x):
+            z = self.body(x)
+            return {"z": [z, z + 1], "size": z.square().mean(), "name": "two"}
+
+    set_seed(0)
+    model, data = Two(), (torch.randn(7, 6), torch.randn(7, 3))
+    def loss(out, y): return F.mse_loss(out["z"][0], y) + F.mse_loss(out["z"][1], y) + out["size"]
+    torch.testing.assert_close(brute_force(model, data, loss, batch_size=3), brute_force(model, data, loss))
+    for dtype in (torch.float16, torch.bfloat16):
+        half, own = mlp().to(dtype), tuple(t.to(dtype) for t in data)
+        assert brute_force(half, own, F.mse_loss, batch_size=1)["0"].isfinite().all()
+        with pytest.raises(ValueError, match="loss: a mean"): brute_force(half, own, total, batch_size=1)
