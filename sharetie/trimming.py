@@ -147,16 +147,14 @@ def _linear(model, weight):
     return layers[0].module
 
 
-def _observed(model, weight, module, x, batch_size):
+def _observed(model, module, x, batch_size):
     "Inputs and outputs of a layer over all of its calls, and whether a ReLU alone reads them."
-    readers, outside = _Readers(), _Outside({weight.name: weight})
-    hooks = [*outside.watch(weight.name, module), module.register_forward_hook(readers.note, with_kwargs=True)]
+    readers = _Readers()
+    hook = module.register_forward_hook(readers.note, with_kwargs=True)
     try:
-        with _fitting("x"), _mode(model, False), _eager(), outside, readers:
+        with _fitting("x"), _mode(model, False), _eager(), readers:
             for part in x.split(batch_size): readers.returned(model(part))
-    finally:
-        for hook in hooks: hook.remove()
-    need(readers.rows, weight.name, "a layer that the model calls", "one that it does not")
+    finally: hook.remove()
     inputs, outputs, _, names = zip(*readers.rows)
     return torch.cat(inputs), torch.cat(outputs), all(own == {"relu"} for own in names)
 
@@ -174,20 +172,21 @@ def trim_(
 ) -> pd.DataFrame:  # a row per weight: size, left, error (of the outputs, as a part of their size), relu
     """Give linear layers the least weights with which they put out nearly what they did; zeros are masked.
 
-    A layer that is called several times is trimmed once, on all calls. Raises TypeError or ValueError for other layers,
-    weights with other uses, and bad arguments, and the model is then as it was. Source: Aghasi et al. 2017."""
+    A layer that is called several times is trimmed once, on all calls. The model runs once, and then once for each
+    weight, twice in a cascade; memory holds a copy of it, and what one layer reads and puts out. Raises TypeError or
+    ValueError for other layers, weights with other uses, and bad arguments, and the model is then as it was.
+    Source: Aghasi et al. 2017."""
     need(isinstance(cascade, bool), "cascade", "True or False", cascade, TypeError)
     _check_inputs(x, batch_size)
     real(epsilon, "epsilon", 0), whole(steps, "steps", 1), real(tolerance, "tolerance", above=0)
     weights = _weights(model, names)
     modules = {name: _linear(model, weight) for name, weight in weights.items()}
-    seen = {name: _observed(model, w, modules[name], x, batch_size) for name, w in weights.items()}
-    held = list(model.parameters())
+    order, held = _in_order(model, weights, modules, x, batch_size), list(model.parameters())
     before, masks, rows = [p.detach().clone() for p in held], {}, {}
     try:
-        for name in _in_order(model, modules, x, batch_size):
-            inputs, outputs, relu = seen[name]
-            if cascade: inputs = _observed(model, weights[name], modules[name], x, batch_size)[0]
+        for name in order:
+            with _Values(held, before): inputs, outputs, relu = _observed(model, modules[name], x, batch_size)
+            if cascade: inputs = _observed(model, modules[name], x, batch_size)[0]
             new = _trim_one(weights[name], modules[name].bias, inputs, outputs, relu, epsilon, steps, tolerance)
             masks[name], rows[name] = new
         _warn_empty(masks)
@@ -198,16 +197,32 @@ def trim_(
     return pd.DataFrame.from_dict(rows, orient="index", columns=["size", "left", "error", "relu"])
 
 # %% ../nbs/40_trimming.ipynb #07fa8f6b
-def _in_order(model, modules, x, batch_size):
-    "Names of weights in the order in which their layers are first called."
-    order = []
-    hooks = [m.register_forward_pre_hook(lambda *_, name=name: order.append(name)) for name, m in modules.items()]
+class _Values:
+    "A context in which parameters have other values, which it borrows."
+    def __init__(self, held, values): self.pairs = list(zip(held, values))
+
+    def __enter__(self):
+        for p, value in self.pairs:
+            own = p.clone()
+            p.copy_(value)
+            value.copy_(own)
+
+    def __exit__(self, *error): self.__enter__()
+
+
+def _in_order(model, weights, modules, x, batch_size):
+    "Names of weights in the order in which their layers are first called; raises where one is used elsewhere or not at all."
+    order, outside, hooks = {}, _Outside(weights), []
+    for name, module in modules.items():
+        hooks += [module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)),
+                  *outside.watch(name, module)]
     try:
-        with _mode(model, False):
+        with _fitting("x"), _mode(model, False), _eager(), outside:
             for part in x.split(batch_size): model(part)
     finally:
         for hook in hooks: hook.remove()
-    return list(dict.fromkeys(order))
+    for name in modules: need(name in order, name, "a layer that the model calls", "one that it does not")
+    return list(order)
 
 
 def _trim_one(weight, bias, X, Z, relu, epsilon, steps, tolerance):

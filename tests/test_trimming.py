@@ -1,6 +1,7 @@
 "Net-Trim: against SciPy's solvers, its constraints, planted layers, cascades, calls and readers of a layer, tied models, bad input that changes nothing."
 import copy
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import sharetie.trimming
 from sharetie.checking import check_ties
 from sharetie.making import tie_
 from sharetie.masks import edges, magnitude, mask_, masks_of, prune_
@@ -141,6 +143,39 @@ def test_a_layer_that_something_else_reads_too_is_kept_near_everywhere():
     assert trim_(Skip(), torch.randn(30, 4), .1)["relu"].tolist() == [False, False]
     for act, wanted in ((nn.Tanh(), False), (nn.ReLU(), True), (nn.GELU(), False)):
         assert trim_(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 2)), torch.randn(30, 4), .1)["relu"].tolist() == [wanted, False]
+
+
+@pytest.mark.parametrize("cascade", [True, False])
+def test_what_layers_read_and_put_out_is_held_for_one_at_a_time(cascade, monkeypatch):
+    "In the order of the calls, with outputs of the whole network, and no others alive."
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)), torch.randn(60, 6)
+    whole, held, real = copy.deepcopy(model), [], sharetie.trimming._trim_one
+    def watched(weight, bias, X, Z, *rest):
+        assert not any(alive() is not None for pair in held for alive in pair)
+        torch.testing.assert_close(Z, whole[:2 * len(held) + 1](x))
+        torch.testing.assert_close(X, (model if cascade else whole)[:2 * len(held)](x))
+        held.append([weakref.ref(X), weakref.ref(Z)])
+        return real(weight, bias, X, Z, *rest)
+
+    monkeypatch.setattr(sharetie.trimming, "_trim_one", watched)
+    trim_(model, x, .2, cascade=cascade)
+    assert len(held) == 3
+
+
+def test_other_uses_are_refused_before_anything_is_trimmed(monkeypatch):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 4)
+        def forward(self, x): return self.b(self.a(x).relu()) @ self.b.weight
+
+    class Idle(Last):
+        def forward(self, x): return self.a(x)
+
+    monkeypatch.setattr(sharetie.trimming, "_trim_one", lambda *args: pytest.fail("a layer was trimmed"))
+    for model, words in ((Last(), "b.weight: .* uses it elsewhere"), (Idle(), "b.weight: a layer that the model calls")):
+        with pytest.raises(ValueError, match=words): trim_(model, torch.randn(9, 4))
 
 
 def test_a_layer_called_twice_is_trimmed_on_both():
