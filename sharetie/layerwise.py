@@ -452,7 +452,8 @@ def layerwise_(
 
     A tied weight is pruned once for all of its layers. What goes is masked. The model runs once, in a cascade once for
     each weight. Memory holds a matrix (d, d) for each weight of d columns, and what `prune_rows` takes. Raises as
-    `calibrate` and `prune_rows` do; the model is then as it was. Sources: Dong et al. 2017; Frantar and Alistarh 2022, 2023."""
+    `calibrate` and `prune_rows` do; the model is then as it was.
+    Sources: Dong et al. 2017; Frantar and Alistarh 2022, 2023."""
     need(isinstance(cascade, bool), "cascade", "True or False", cascade, TypeError)
     weights = _weights(model, names)
     parts = _sparsities(weights, sparsity)

@@ -311,7 +311,8 @@ def removal_curve(
 ) -> pd.DataFrame:  # a row per removal, none first: layer, unit, part (removed), loss
     """Remove units one by one, the least first, until each layer has one, and see how the loss grows.
 
-    Raises as `brute_force` and the criterion do, and for scores that are NaN. Source: Wolfe et al. 2017, algorithms 1 and 2."""
+    Raises as `brute_force` and the criterion do, and for scores that are NaN.
+    Source: Wolfe et al. 2017, algorithms 1 and 2."""
     function(criterion, "criterion", ["model", "data", "loss", "layers", "without"])
     probe, gone = Probe(model, data, loss, layers, batch_size=batch_size), {}
     options = {} if batch_size is None else {"batch_size": batch_size}

@@ -211,7 +211,7 @@ class _Values:
 
 
 def _in_order(model, weights, modules, x, batch_size):
-    "Names of weights in the order in which their layers are first called; raises where one is used elsewhere or not at all."
+    "Names of weights in the order of first calls of their layers; raises where one is used elsewhere or not at all."
     order, outside, hooks = {}, _Outside(weights), []
     for name, module in modules.items():
         hooks += [module.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)),
