@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .archive import Pieced
 from .codebooks import Lookup, _chosen, _compute, code_bits
 from .errors import need, one_of, tensor, whole
 from .making import _changeable
@@ -137,10 +138,8 @@ class PieceLookup(Lookup):
         super().__init__(tensor(codes, "codes", ndim=2), k)
         self.shape = tuple(shape)
 
-    def forward(self, codebooks):
-        at = self.codes.long()
-        if len(codebooks) > 1: at = at + self.k * torch.arange(len(codebooks), device=at.device)
-        return codebooks.flatten(0, 1).index_select(0, at.flatten()).view(self.shape)
+    def form(self, codebooks): return Pieced(self.codes, codebooks.detach(), self.shape)
+    def forward(self, codebooks): return Pieced(self.codes, codebooks, self.shape).values()
 
     def extra_repr(self): return f"{self.codes.shape[0]} × {self.codes.shape[1]} pieces, k={self.k}"
 

@@ -22,14 +22,17 @@ from torch import nn
 
 from sharetie import archive
 from sharetie.archive import _positions as positions
-from sharetie.archive import NOTE, Archive, Scaled, _bits, _checksum, decompress, from_record, save_archive, to_record, write_archive
+from sharetie.archive import NOTE, Archive, Pieced, Scaled, _bits, _checksum, decompress, from_record, save_archive, to_record, write_archive
 from sharetie.checkpoint import Checkpoint, write_tensors
 from sharetie.codebooks import cluster_
 from sharetie.command import main
+from sharetie.factors import factorize_
 from sharetie.finding import Transpose, find_ties
+from sharetie.hashing import hash_
 from sharetie.making import tie_
 from sharetie.masks import magnitude, prune_
-from sharetie.quantization import quantize_
+from sharetie.pieces import PieceLookup, quantize_pieces_
+from sharetie.quantization import quantize_, stored_bytes
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
 from tied import Convs, Reused, Words
@@ -178,6 +181,108 @@ def test_codes_and_scales_that_do_not_fit_are_not_written(tmp_path, codes, scale
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("books", ["layer", "positions"])
+@pytest.mark.parametrize("kind", ["words", "convs"])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_pieces_take_the_bytes_that_are_reported(tmp_path, kind, books, entropy):
+    build, x = TIED[kind]
+    set_seed(0)
+    model = quantize_pieces_(build(), 4, 4, books=books)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    save_archive(model, tmp_path / "a", entropy)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    rows = Archive(tmp_path / "a").report()
+    assert rows.loc["all", "bytes"] == os.path.getsize(tmp_path / "a") <= stored_bytes(model) + rows.loc["header", "bytes"] + 64
+    for read in (Archive, lambda path: decompress(path, tmp_path / "plain") and tmp_path / "plain"):
+        fresh = build()
+        load_model(fresh, read(tmp_path / "a"))
+        assert torch.equal(fresh(x), model(x)) and len(find_ties(fresh)) == len(find_ties(build()))
+
+
+MADE = {"hashed": lambda m: hash_(m, 8), "low rank": lambda m: factorize_(m, rank=4), "8 bits": quantize_, "4 bits": lambda m: quantize_(m, 4, 16),
+        "pieces": lambda m: quantize_pieces_(m, 16, 4), "clustered": lambda m: cluster_(m, 16), "across": lambda m: cluster_(m, 16, scope="across")}
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_file_holds_what_a_model_stores_and_no_more(tmp_path, kind):
+    def build(seed=0):
+        set_seed(seed)
+        return MADE[kind](nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 40)))
+    model, x = build(), torch.randn(3, 64)
+    save_archive(model, tmp_path / "a")
+    file = Archive(tmp_path / "a")
+    size = stored_bytes(model) + (4 * 16 if kind == "across" else 0)  # each tensor has its codebook
+    assert os.path.getsize(tmp_path / "a") <= size + file.report().loc["header", "bytes"] + 64
+    plain = kind in ("pieces", "clustered", "across")
+    fresh = nn.Sequential(nn.Linear(64, 100), nn.Tanh(), nn.Linear(100, 40)) if plain else build(1)
+    load_model(fresh, file)
+    assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("books", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_codes_and_codebooks_of_pieces(tmp_path, books, dtype):
+    set_seed(0)
+    form = Pieced(torch.randint(7, (20, 5)), torch.randn(books, 7, 6).to(dtype), (20, 3, 10))
+    each = [[form.codebooks[j % books, form.codes[i, j]] for j in range(5)] for i in range(20)]
+    assert torch.equal(form.values(), torch.stack([torch.cat(row) for row in each]).view(20, 3, 10))
+    write_archive(tmp_path / "a", {"w": form})
+    again = Archive(tmp_path / "a").form("w")
+    assert torch.equal(again.codes, form.codes.int()) and torch.equal(again.codebooks, form.codebooks) and again.shape == form.shape
+    assert torch.equal(Archive(tmp_path / "a")["w"], form.values()) and again.codebooks.dtype == dtype
+
+
+@pytest.mark.parametrize("codes, books, shape, error, words", [
+    (torch.zeros(2, 3).int(), torch.ones(2, 4, 2), (2, 6), ValueError, "value.codebooks: 1 or 3 codebooks"),
+    (torch.zeros(2, 3).int(), torch.ones(1, 4, 2), (2, 5), ValueError, "value.shape: 2 rows of 6 columns"),
+    (torch.zeros(2, 3).int(), torch.ones(1, 4, 2), (12,), ValueError, "value.shape: 2 rows of 6 columns"),
+    (torch.full((2, 3), 4), torch.ones(1, 4, 2), (2, 6), ValueError, r"value.codes: numbers from 0 to 3.*\[4, 4\]"),
+    (torch.full((2, 3), -1), torch.ones(1, 4, 2), (2, 6), ValueError, "value.codes: numbers from 0 to 3"),
+    (torch.zeros(2, 3), torch.ones(1, 4, 2), (2, 6), TypeError, "value.codes: a tensor of whole numbers"),
+    (torch.zeros(2, 3).int(), torch.ones(1, 4, 2).int(), (2, 6), TypeError, "value.codebooks: a floating point tensor"),
+    (torch.zeros(2, 0).int(), torch.ones(1, 4, 2), (2, 0), ValueError, "value.codes: a tensor with at least one element"),
+    (torch.zeros(2, 3).int(), torch.ones(1, 65537, 2), (2, 6), ValueError, "value.codebooks: at most 65536 pieces"),
+])
+def test_pieces_that_do_not_fit_are_not_written(tmp_path, codes, books, shape, error, words):
+    with pytest.raises(error, match=words): write_archive(tmp_path / "a", {"w": Pieced(codes, books, shape)})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_damaged_pieces_are_refused_or_of_the_shape():
+    set_seed(0)
+    base = to_record(Pieced(torch.randint(7, (20, 5)), torch.randn(5, 7, 6), (20, 30)))
+    for i in range(400):
+        bad = base.clone()
+        bad[torch.randint(len(bad) if i % 2 else 8, (1 + i % 3,))] = torch.randint(256, (1,), dtype=torch.uint8)
+        try: found = from_record(bad, torch.float32, (20, 30))
+        except ValueError: continue
+        assert found.shape == (20, 30)  # the numbers themselves have no check of their own
+    for size in range(len(base) - 1):
+        try: from_record(base[:size], torch.float32, (20, 30))
+        except ValueError: continue
+        raise AssertionError(size)
+    for shape in ((), (600,), (30, 20), (20, 31), (0, 30), (20, 0), (2_000_000, 3)):
+        with pytest.raises(ValueError, match="record|stream|value"): from_record(base, torch.float32, shape)
+
+
+def test_more_pieces_than_a_stream_tells_apart_are_plain_weights(tmp_path):
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 70_000, bias=False)
+    lookup = PieceLookup(torch.arange(70_000)[:, None], 70_000, (70_000, 2))
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", lookup, unsafe=True)
+    layer.parametrizations.weight.original = nn.Parameter(torch.randn(1, 70_000, 2))
+    save_archive(layer, tmp_path / "a")
+    assert torch.equal(Archive(tmp_path / "a")["weight"], layer.weight)
+
+
+def test_only_files_with_pieces_are_of_the_second_version(tmp_path):
+    def version(): return json.loads(safe_open(tmp_path / "a", "pt").metadata()[NOTE])["version"]
+    save_archive(cluster_(nn.Linear(20, 30), 4), tmp_path / "a")
+    assert version() == 1
+    save_archive(quantize_pieces_(nn.Linear(20, 30), 4, 4), tmp_path / "a", force=True)
+    assert version() == 2
+
+
 KINDS = [np.float16, None, np.float32, np.float64, np.int8, np.uint8]
 
 
@@ -238,15 +343,18 @@ def one_record(data, shape, kind):
             if gap != 2**bits - 1: there.append(at)
         data = data[length:]
     form, data = data[0], data[1:]
-    if form == 2:
-        lifted, data = one_number(data)
+    if form > 1:
+        first, data = one_number(data)
         size, data = one_number(data)
     if form:
         length, data = one_number(data)
         codes, data = one_stream(data[:length]), data[length:]
     numbers = np.frombuffer(data[1:], KINDS[data[0]]).astype(kind)
+    if form == 3:
+        books, m = numbers.reshape(first, -1, size), math.prod(shape[1:]) // size
+        return np.concatenate([books[i % m % first][code] for i, code in enumerate(codes)]).reshape(shape)
     values = np.zeros(math.prod(shape), kind if form < 2 else int)
-    values[there] = numbers if form == 0 else numbers[codes] if form == 1 else codes - lifted
+    values[there] = numbers if form == 0 else numbers[codes] if form == 1 else codes - first
     values = values.reshape(turned).T.reshape(shape) if order == 2 else values.reshape(shape)
     if form < 2: return values
     rows = values.reshape(len(values) if len(shape) > 1 else 1, -1)
@@ -260,20 +368,22 @@ def test_a_file_can_be_read_by_the_text_alone(tmp_path):
     for name, size, q in (("scaled", 4, 1.), ("scaled, sparse", 10, .1)):
         codes = torch.randint(-7, 8, (20, 10), generator=draw) * (torch.rand(20, 10, generator=draw) < q)
         values[name] = Scaled(codes, torch.rand(20, -(-10 // size), generator=draw), size)
+    for count in (1, 5): values[f"pieced, {count}"] = Pieced(torch.randint(7, (20, 5), generator=draw), torch.rand(count, 7, 6, generator=draw), (20, 3, 10))
     for entropy in (True, False):
         write_archive(tmp_path / "a", values, {"who": "me"}, entropy, force=True)
         read = by_the_book(tmp_path / "a")
         assert {*read} == {*values}
         for name, value in values.items():
-            value = value.values() if isinstance(value, Scaled) else value
+            value = value if isinstance(value, torch.Tensor) else value.values()
             assert read[name].tobytes() == value.contiguous().numpy().tobytes(), name
 
 
 def small(folder):
     "A compressed file with everything in it."
     set_seed(1)
-    model = cluster_(nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20)), 4, "0.weight")
+    model = cluster_(nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20), nn.Linear(20, 12)), 4, "0.weight")
     prune_(model, {"2.weight": torch.rand(20, 20)}, .8)
+    quantize_pieces_(model, 4, 4, "3.weight")
     model[2].bias = model[1].bias
     save_archive(model, folder / "small")
     return folder / "small"
@@ -281,7 +391,7 @@ def small(folder):
 
 def test_every_damaged_byte_and_every_cut_is_refused(tmp_path):
     data = small(tmp_path).read_bytes()
-    model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20))
+    model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20), nn.Linear(20, 12))
     before = copy.deepcopy(model.state_dict())
     for i in range(0, len(data), 3):
         (tmp_path / "cut").write_bytes(data[:i])
@@ -306,8 +416,8 @@ def rewritten(path, change, stored=None):
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda note: note.update(version=2), "a later sharetie, in version 2"),
-    (lambda note: note.update(version=2, tensors="other"), "a later sharetie, in version 2"),
+    (lambda note: note.update(version=3), "a later sharetie, in version 3"),
+    (lambda note: note.update(version=3, tensors="other"), "a later sharetie, in version 3"),
     (lambda note: note.update(version=0), "damaged"),
     (lambda note: note.update(version="1"), "damaged"),
     (lambda note: note.update(version=True), "damaged"),
