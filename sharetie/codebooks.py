@@ -102,13 +102,13 @@ def _check_place(place, mapped):
     tensor(place.tensor, place.name, floating=True, filled=True, finite=True)
 
 # %% ../nbs/42_codebooks.ipynb #57e9eec2
-def _plan(groups, k, weights, init, zero, generator):
-    "The codebook of several parameters, and the look-up of each."
+def _plan(groups, k, weights, init, kept, generator):
+    "The codebook of several parameters, and the look-up of each; `kept` (or None: all) says which of them all have codes, others are 0."
     values = torch.cat([g[0].tensor.detach().flatten() for g in groups])
     h = None
     if weights is not None:
         h = torch.cat([next(weights[p.name] for p in g if p.name in weights).flatten() for g in groups])
-    kept = values != 0 if zero else torch.ones_like(values, dtype=torch.bool)
+    zero, kept = kept is not None, torch.ones_like(values, dtype=torch.bool) if kept is None else kept
     need(bool(kept.any()), "model", "a weight other than 0", groups[0][0].name)
     try: found = kmeans_1d(values[kept], k, None if h is None else h[kept], init, generator=generator)
     except ValueError as error: raise ValueError(f"{groups[0][0].name}: {error}") from None
@@ -153,7 +153,8 @@ def cluster_(
     for part in sets:
         kinds = {(g[0].tensor.dtype, g[0].tensor.device) for g in part}
         need(len(kinds) == 1, "scope", "'layer' for weights of several types or devices", scope)
-    plans = [_plan(part, k, weights, init, zero, generator) for part in sets]
+    def kept(part): return torch.cat([g[0].tensor.detach().flatten() != 0 for g in part]) if zero else None
+    plans = [_plan(part, k, weights, init, kept(part), generator) for part in sets]
     _compute(model, [(group, lookup, source) for source, members in plans for group, lookup in members])
     return model
 

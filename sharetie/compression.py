@@ -84,9 +84,10 @@ def _digest(data):
 def _settings(run, rows, test, metrics):
     "What a file of an interrupted run has to agree with."
     tensors, ties = run.contents()
+    tensors = {name: value if isinstance(value, Tensor) else value.values() for name, value in tensors.items()}
     frozen = [name for name, p in run.model.named_parameters() if not p.requires_grad]
     kinds = [type(m).__name__ for m in run.model.modules()]
-    model = _checksum({"ties": ties, "clustered": run.clustered, "frozen": frozen, "kinds": kinds}, tensors | _masks(run))
+    model = _checksum({"ties": ties, "clustered": run.clustered, "pieces": [*run.forms], "frozen": frozen, "kinds": kinds}, tensors | _masks(run))
     data = [_digest(run.data), _digest(test) if metrics else None]
     loss = getattr(run.loss, "__qualname__", type(run.loss).__qualname__)
     return json.loads(_json({"recipe": rows, "model": model, "data": data, "loss": loss, "metrics": [*metrics]}))

@@ -20,33 +20,41 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .archive import Scaled, _plain_
-from .codebooks import _check_padding, _chosen, _lookups, _plan, cluster_
+from .codebooks import _check_padding, _chosen, _compute, _lookups, _plan
 from .errors import need, one_of, real, tensor, warn, whole
 from .finding import module_paths
 from .masks import Mask, _all_weights, _attach, _kept, _part, _warn_empty, _weights, mask_, masks_of
+from .pieces import PieceLookup
 from .quantization import FakeQuantize, _check, quantize
 from .saving import _contents
 from .train import _trainable, fit
 
 # %% ../nbs/42_recipes.ipynb #ef6ee67d
 def _kept_of(model):
-    "The masks of a model and the names of its codebooks; the model becomes plain."
+    "The masks of a model, the names of its codebooks, and its pieces; the model becomes plain."
     masks, books = masks_of(model), {}
     for (lookup, codebook), [(owner, attribute), *_] in _lookups(model).items():
+        if isinstance(lookup, PieceLookup): continue
         name = next(f"{path}.{attribute}".lstrip(".") for path, module in module_paths(model) if module is owner)
-        books.setdefault(id(codebook), {})[name] = lookup.zero
-    _plain_(model)
+        books.setdefault(id(codebook), {})[name] = lookup.codes != lookup.k if lookup.zero else None
+    pieces = _pieces_of(model)
     first = {name: weight.name for weight in _all_weights(model).values() for name in weight.names}
-    masks |= {first[name]: model.get_parameter(name).detach() != 0 for book in books.values() for name in book if book[name]}
-    return masks, [[first[name] for name in book] for book in books.values()]
+    masks |= {first[name]: mask for book in books.values() for name, mask in book.items() if mask is not None}
+    return masks, [[first[name] for name in book] for book in books.values()], pieces
+
+
+def _pieces_of(model):
+    "The pieces of a model, by names of weights; the model becomes plain."
+    forms = _plain_(model)
+    return {name: forms[weight.tensor] for name, weight in _all_weights(model).items() if weight.tensor in forms}
 
 # %% ../nbs/42_recipes.ipynb #be152dfb
 class _Run:
     "A model on its way, plain, and what is to be kept of its weights."
     def __init__(self, model, data=None, loss=None, progress=False):
         self.model, self.data, self.loss, self.progress = copy.deepcopy(model), data, loss, progress
-        self.pruned, self.clustered = _kept_of(self.model)  # masks by name, and the names of each codebook
-        self.forms, self.coded = {}, False
+        self.pruned, self.clustered, self.forms = _kept_of(self.model)  # masks by name, names of each codebook, pieces
+        self.coded = False
         self.checkpoint = None  # a file for the epochs of a stage
 
     @property
@@ -58,14 +66,25 @@ class _Run:
         "Put masks on, and codebooks as the weights have them now."
         masks = {name: mask for name, mask in self.pruned.items() if name not in (*self.taken, *but)}
         if masks: mask_(self.model, masks)
-        for names in self.clustered:
-            values = torch.cat([self.model.get_parameter(name).detach().flatten() for name in names])
-            k = len((values[values != 0] if self.zero(names) else values).unique())
-            cluster_(self.model, k, names, "across" if len(names) > 1 else "layer", zero=self.zero(names))
+        for names in self.clustered: _compute(self.model, self.lookups(names))
+        for name, form in self.forms.items():  # pieces; a grid comes only after training
+            weight = _weights(self.model, [name])[name]
+            lookup = PieceLookup(form.codes.to(weight.tensor.device), form.codebooks.shape[1], form.shape)
+            books = nn.Parameter(form.codebooks.to(weight.tensor.device, copy=True), weight.tensor.requires_grad)
+            _compute(self.model, [(weight.places, lookup, books)])
 
-    def zero(self, names):
-        "Was anything taken out of these weights?"
-        return any(not self.pruned[name].all() for name in names if name in self.pruned)
+    def release(self):
+        "Make the model plain again, and keep what pieces have become."
+        self.forms |= _pieces_of(self.model)
+
+    def lookups(self, names, k=None, init="optimal"):
+        "Plans of look-ups with one codebook for weights, of k entries, or of all distinct values; what was taken out stays at zero."
+        weights = _weights(self.model, names, masked=False)
+        left = [self.pruned.get(name, torch.ones_like(weights[name].tensor, dtype=torch.bool)).flatten() for name in names]
+        values, kept = torch.cat([weights[name].tensor.detach().flatten() for name in names]), torch.cat(left)
+        k = len(values[kept].unique()) if k is None else k
+        source, members = _plan([weights[name].places for name in names], k, None, init, None if kept.all() else kept, None)
+        return [(places, lookup, source) for places, lookup in members]
 
     def contents(self):
         "What a file of the model holds, and its ties."
@@ -94,6 +113,7 @@ class _Ahead:
     "What is known of the weights of a run before it begins."
     def __init__(self, run):
         self.model, self.taken, self.trains, self.at = run.model, run.taken, False, "recipe"
+        self.pieces = [*run.forms]
         self.clustered = [name for names in run.clustered for name in names]
         self.left = {name: int(mask.sum()) for name, mask in run.pruned.items()}
 
@@ -103,18 +123,19 @@ class _Ahead:
         self.left[name] = min(self.left.get(name, size), size - round(part * size))
 
     def values(self, name):
-        "The most values that a weight can have then, without the zero of what was taken out."
+        "The most values that a weight can have then, without what was taken out."
         weight = self.model.get_parameter(name)
         left = self.left.get(name, weight.numel())
         if self.trains and weight.requires_grad: return left
-        return min(left, len((weight[weight != 0] if left < weight.numel() else weight).detach().unique()))
+        others = weight[weight != 0].detach()
+        return min(left, len(others.unique()) + (len(others) < left))  # a zero may be left, too
 
     def train(self, wanted=()):
         "Raise where nothing trains, or where training cannot keep what was done to a weight."
         _trainable(self.model)
         held = [*self.left, *self.taken, *wanted]
         if held: _weights(self.model, held)
-        if self.clustered: _chosen(self.model, self.clustered)
+        if self.clustered or self.pieces: _chosen(self.model, [*self.clustered, *self.pieces])
         self.trains = True
 
 # %% ../nbs/42_recipes.ipynb #410c7f2a
@@ -122,7 +143,7 @@ class _Ahead:
 class Prune:
     "Take out the weights of the least magnitude."
     sparsity: float | dict  # part that is out afterwards; by name or pattern, or one for all
-    names: str | list | None = None  # of weights, or patterns; None: all of two axes and more
+    names: str | list | None = None  # of weights, or patterns; None: all of two axes and more that have no pieces
     scope: str = "layer"  # the part of each weight, or of all together, "global"
 
     def __post_init__(self):
@@ -130,14 +151,14 @@ class Prune:
         one_of(self.scope, "scope", ["layer", "global"])
         need(self.scope == "layer" or not isinstance(self.sparsity, Mapping), "scope", "'layer' with options by name", self.scope)
 
-    def weights(self, model, taken): return _each(model, self.sparsity, self.names)
+    def weights(self, model, pieces): return _each(model, self.sparsity, self.names, pieces)
 
     def check(self, ahead):
-        for name, part in self.weights(ahead.model, ahead.taken).items():
+        for name, part in self.weights(ahead.model, ahead.pieces).items():
             ahead.prune(name, part if self.scope == "layer" else 0)
 
     def __call__(self, run):
-        wanted, scores = self.weights(run.model, run.taken), {}
+        wanted, scores = self.weights(run.model, [*run.forms]), {}
         weights = {name: weight.tensor.detach() for name, weight in _weights(run.model, wanted, masked=False).items()}
         for name, weight in weights.items():
             gone = ~run.pruned[name] if name in run.pruned else torch.zeros_like(weight, dtype=torch.bool)
@@ -180,9 +201,7 @@ class Cluster:
     def __call__(self, run):
         wanted = self.weights(run.model, run.taken)
         for names in self.groups(wanted):
-            groups = [weight.places for weight in _weights(run.model, names, masked=False).values()]
-            source, members = _plan(groups, wanted[names[0]], None, self.init, run.zero(names), None)
-            for places, lookup in members:
+            for places, lookup, source in run.lookups(names, wanted[names[0]], self.init):
                 _check_padding(places, lookup, source)
                 places[0].tensor.copy_(lookup(source))
             run.clustered = [*run.clustered, names]
@@ -209,7 +228,7 @@ class Tune:
     def __call__(self, run):
         run.hold()
         self.train(run)
-        _plain_(run.model)
+        run.release()
 
     def train(self, run):
         "Train what a run holds, as it is."
@@ -272,7 +291,7 @@ class Quantize(Tune):
             mask = run.pruned[name] if name in run.pruned else torch.ones_like(weight.tensor, dtype=torch.bool)
             _attach(run.model, weight, _OnGrid(mask, FakeQuantize(self.bits, self.group_size)))
         self.train(run)
-        _plain_(run.model)
+        run.release()
 
 # %% ../nbs/42_recipes.ipynb #56ffaba4
 @dataclass(frozen=True)
@@ -287,7 +306,8 @@ class Round:
         quantized = {name: run.model.get_parameter(name) for name in run.forms}
         for name, p in quantized.items():
             form = run.forms[name]
-            run.forms[name] = form._replace(scales=self.rounded(form.scales, f"the scales of {name}"))
+            part = "scales" if isinstance(form, Scaled) else "codebooks"
+            run.forms[name] = form._replace(**{part: self.rounded(getattr(form, part), f"the {part} of {name}")})
             p.copy_(run.forms[name].values())
         done = {id(p) for p in quantized.values()}  # a tied one has several names
         for name, p in run.model.named_parameters():

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sharetie.archive import Archive
+from sharetie.archive import Archive, Scaled
 from sharetie.codebooks import cluster_
 from sharetie.command import main
 from sharetie.compression import _digest, compress
 from sharetie.finding import Transpose, find_ties
 from sharetie.making import tie_
 from sharetie.masks import magnitude, make_permanent_, prune_
+from sharetie.pieces import quantize_pieces_
 from sharetie.recipes import STAGES, Cluster, Prune, Quantize, Round, Tune, _Run, read_recipe
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
@@ -215,6 +216,57 @@ def test_codebooks_that_a_model_has_are_kept(tmp_path, scope, zero):
     for found in [torch.cat([v.flatten() for v in values])] if scope == "across" else values: assert len(found.unique()) == 4 + zero
     with pytest.raises(ValueError, match=r"recipe\[0\]: names: at least one weight without a codebook"):
         compress(model, None, None, [{"stage": "cluster", "k": 2}], tmp_path / "b")
+
+
+@pytest.mark.parametrize("weight, k, sparsity", [([[1., -1, .1, .1], [1, -1, .1, .1]], 1, .5), ([[.3, -.3, .1, .1], [.3, -.3, 3, .1]], 2, 3 / 8),
+                                                 ([[.3, -.3, .1, 2], [.3, -.3, 3, 2]], 3, 0)], ids=["one", "pruned", "whole"])
+@pytest.mark.parametrize("lookups", [False, True])
+def test_an_entry_of_a_codebook_that_is_zero_is_trained(tmp_path, weight, k, sparsity, lookups):
+    set_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(4, 2, bias=False)), torch.randn(20, 4), torch.randn(20, 2)
+    model[0].weight.data = torch.tensor(weight)
+    recipe = [{"stage": "prune", "sparsity": sparsity}, {"stage": "cluster", "k": k}, {"stage": "tune", "epochs": 2}, {"stage": "code"}]
+    gone = torch.zeros(2, 4, dtype=torch.bool)
+    if sparsity: gone = model[0].weight.detach().abs() < .2
+    if lookups:  # a model that comes with a codebook; the entry becomes zero later
+        if sparsity: make_permanent_(prune_(model, {"0.weight": (~gone).float()}, sparsity))
+        cluster_(model, k, zero=bool(sparsity))
+        with torch.no_grad(): model[0].parametrizations.weight.original[0] = 0
+        recipe = recipe[2:]
+    compress(model, (x, y), F.mse_loss, recipe, tmp_path / "a")
+    found = Archive(tmp_path / "a")["0.weight"]
+    assert torch.equal(found == 0, gone) and len(found[~gone].unique()) == k
+
+
+def pieces():
+    return quantize_pieces_(mlp(), 3, 4, "0.weight")
+
+
+def test_pieces_that_a_model_has_are_kept_and_go_on_learning(tmp_path):
+    data, recipe = task(), [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 2, "batch_size": 16}, {"stage": "quantize", "epochs": 1, "batch_size": 16},
+                            {"stage": "round"}, {"stage": "code"}]
+    table = compress(pieces(), data, F.cross_entropy, recipe, tmp_path / "a", test=data, metrics={"loss": F.cross_entropy})
+    form, start = Archive(tmp_path / "a").form("0.weight"), pieces()[0].parametrizations.weight
+    assert torch.equal(form.codes, start[0].codes.int()) and table["loss"].iloc[-1] < table["loss"].iloc[0]
+    assert not torch.allclose(form.codebooks, start.original, atol=1e-4) and torch.equal(form.codebooks, form.codebooks.half().float())
+    assert isinstance(Archive(tmp_path / "a").form("2.weight"), Scaled) and int((Archive(tmp_path / "a")["2.weight"] == 0).sum()) >= 60
+    fresh = mlp()
+    load_model(fresh, Archive(tmp_path / "a"))
+    assert torch.equal(fresh[0].weight, form.values())
+    calls = 0
+    while calls < 9 and not (tmp_path / "b").exists():  # an epoch takes 4 losses
+        calls += 1
+        try: compress(pieces(), data, stopping(5), recipe, tmp_path / "b")
+        except Stopped: assert not (tmp_path / "b").exists()
+    assert calls > 1 and (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [{"stage": "prune", "sparsity": .5, "names": "0.weight"}, {"stage": "cluster", "k": 2, "names": "0.weight"},
+                                   {"stage": "quantize", "names": "0.weight"}])
+def test_pieces_are_not_treated_again(tmp_path, stage):
+    with pytest.raises(ValueError, match=r"recipe\[0\]: names: weights without a codebook or scales.*0.weight"):
+        compress(pieces(), None, None, [stage], tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
 
 
 def zero_start():
