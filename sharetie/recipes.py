@@ -296,30 +296,59 @@ class Quantize(Tune):
 # %% ../nbs/42_recipes.ipynb #56ffaba4
 @dataclass(frozen=True)
 class Round:
-    "Round all parameters, and the scales of quantized ones, to a type of 16 bits; they keep their type."
+    "Round parameters, scales and pieces to a type of 16 bits, or refuse where it loses them; they keep their type."
     dtype: str = "float16"  # or "bfloat16"
 
     def __post_init__(self): one_of(self.dtype, "dtype", ["float16", "bfloat16"])
 
     @torch.no_grad()
     def __call__(self, run):
-        quantized = {name: run.model.get_parameter(name) for name in run.forms}
-        for name, p in quantized.items():
-            form = run.forms[name]
-            part = "scales" if isinstance(form, Scaled) else "codebooks"
-            run.forms[name] = form._replace(**{part: self.rounded(getattr(form, part), f"the {part} of {name}")})
-            p.copy_(run.forms[name].values())
-        done = {id(p) for p in quantized.values()}  # a tied one has several names
-        for name, p in run.model.named_parameters():
-            if id(p) not in done and p.is_floating_point(): p.copy_(self.rounded(p, name))
+        formed = {name: run.model.get_parameter(name) for name in run.forms}
+        books = {id(run.model.get_parameter(name)) for names in run.clustered for name in names}
+        done = {id(p) for p in formed.values()}  # a tied one has several names
+        forms = {name: self.form(form, name) for name, form in run.forms.items()}
+        others = {p: self.rounded(p, name, _no_zeros if id(p) in books else _as_a_whole) for name, p in run.model.named_parameters()
+                  if id(p) not in done and p.is_floating_point()}
+        run.forms = forms  # nothing changes before all are rounded
+        for p, numbers in others.items(): p.copy_(numbers)
+        for name, p in formed.items(): p.copy_(forms[name].values())
 
-    def rounded(self, numbers, name):
-        "Numbers with the digits that a type of 16 bits has, in their own type."
+    def form(self, form, name):
+        "A form whose scales or codebooks are rounded."
+        if isinstance(form, Scaled): return form._replace(scales=self.rounded(form.scales, f"the scales of {name}", _each_number))
+        return form._replace(codebooks=self.rounded(form.codebooks, f"the codebooks of {name}", _as_a_whole))
+
+    def rounded(self, numbers, name, lost):
+        "Numbers with the digits that a type of 16 bits has, in their own type; raise where it has not their size."
         kind = getattr(torch, self.dtype)
         if numbers.element_size() <= kind.itemsize or not numbers.numel(): return numbers
-        fine = bool((numbers.abs() <= torch.finfo(kind).max).all())
-        need(fine, name, f"numbers that {self.dtype} has", numbers.abs().max().item())
-        return numbers.to(kind).to(numbers.dtype)
+        made = numbers.to(kind).to(numbers.dtype)
+        advice = "; 'bfloat16' has them" if self.dtype == "float16" else ""
+        if not made.isfinite().all(): raise ValueError(f"{name}: numbers that {self.dtype} has are expected, got {numbers.abs().max().item()}{advice}")
+        gone = lost(numbers, made)
+        if gone.any():
+            raise ValueError(f"{name}: numbers that {self.dtype} has are expected, got {numbers[gone].abs().min().item()}, too small for it{advice}")
+        return made
+
+
+_LOSS = 2**-8  # twice what bfloat16 loses of any number
+
+
+def _each_number(numbers, made):
+    "Which numbers lose more than a part of themselves."
+    return (made - numbers).abs() > _LOSS * numbers.abs()
+
+
+def _as_a_whole(numbers, made):
+    "The numbers other than zero, if all together lose more than a part of their norm; else none."
+    most = numbers.abs().max().double()
+    off = ((made - numbers) / most).norm() > _LOSS * (numbers / most).norm()
+    return off & (numbers != 0)
+
+
+def _no_zeros(numbers, made):
+    "The same, and numbers of which nothing is left."
+    return _as_a_whole(numbers, made) | (made == 0) & (numbers != 0)
 
 
 @dataclass(frozen=True)

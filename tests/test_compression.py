@@ -269,6 +269,36 @@ def test_pieces_are_not_treated_again(tmp_path, stage):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("std", [1e-4, 1e-5, 1e-7, 1e-12])
+@pytest.mark.parametrize("stage", [{"stage": "quantize"}, {"stage": "cluster", "k": 16}, None])
+def test_what_float16_would_lose_is_refused(tmp_path, std, stage):
+    set_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with torch.no_grad(): model[0].weight.normal_(0, std)
+    first, before = [stage] if stage else [], model[0].weight.detach()
+    compress(model, None, None, first + [{"stage": "code"}], tmp_path / "a")
+    lost = (Archive(tmp_path / "a")["0.weight"] - before).norm()
+    run = _Run(model)
+    for one in read_recipe(first) if first else []: one(run)
+    was, forms = {name: p.clone() for name, p in run.model.named_parameters()}, dict(run.forms)
+    if std < (1e-3 if stage == {"stage": "quantize"} else 1e-5):
+        with pytest.raises(ValueError, match="0.weight: numbers that float16 has are expected.* too small for it; 'bfloat16' has them"): Round()(run)
+        assert all(torch.equal(p, was[name]) for name, p in run.model.named_parameters()) and all(run.forms[name] is form for name, form in forms.items())
+    else: Round()(run)
+    compress(model, None, None, first + [{"stage": "round", "dtype": "bfloat16"}, {"stage": "code"}], tmp_path / "b")
+    assert (Archive(tmp_path / "b")["0.weight"] - before).norm() < 1.1 * lost + 2**-8 * before.norm()
+
+
+def test_an_entry_of_a_codebook_is_not_rounded_away():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    model[0].weight.data = torch.tensor([[1., 1e-9], [1, 1e-9]])
+    Round()(_Run(model))  # of single numbers only all together count
+    run = _Run(model)
+    Cluster(2)(run)
+    with pytest.raises(ValueError, match=r"0.weight: numbers that float16 has are expected, got 9.9.*e-10, too small"): Round()(run)
+    assert torch.equal(run.model[0].weight, model[0].weight)
+
+
 def zero_start():
     model = mlp()
     nn.init.zeros_(model[2].weight)
