@@ -50,6 +50,7 @@ from .quantization import *
 from .recipes import *
 from .recipes import _Ahead, _at, _Run
 from .results import _tqdm
+from .resume import _which
 from .saving import load_model, save_model
 from .scores import _check_data, _leaves, evaluate
 
@@ -89,8 +90,10 @@ def _settings(run, rows, test, metrics):
     kinds = [type(m).__name__ for m in run.model.modules()]
     model = _checksum({"ties": ties, "clustered": run.clustered, "pieces": [*run.forms], "frozen": frozen, "kinds": kinds}, tensors | _masks(run))
     data = [_digest(run.data), _digest(test) if metrics else None]
-    loss = getattr(run.loss, "__qualname__", type(run.loss).__qualname__)
-    return json.loads(_json({"recipe": rows, "model": model, "data": data, "loss": loss, "metrics": [*metrics]}))
+    state = run.loss.state_dict() if isinstance(run.loss, nn.Module) else {}
+    loss = [_which(run.loss), _checksum({}, {name: t for name, t in state.items() if isinstance(t, Tensor) and t.dtype in CODES})]
+    measured = {name: _which(f) for name, f in metrics.items()}
+    return json.loads(_json({"recipe": rows, "model": model, "data": data, "loss": loss, "metrics": measured}))
 
 
 def _epochs_file(part, i, run, settings):
@@ -134,7 +137,8 @@ def compress(
     force: bool = False,  # may the file exist?
     progress: bool = True,  # show a bar to a person who looks on
 ) -> pd.DataFrame:  # a row per stage: bytes of the file after it, rate, metrics
-    """Compress a model by a recipe, to one file; an interrupted run goes on where it was, to the same bytes.
+    """Compress a model by a recipe, to one file; an interrupted run goes on where it was, to the same bytes;
+    one of another model, data, recipe, loss or metric (by code, arguments and plain values, not by what is called) is refused.
 
     Raises FileExistsError unless `force`, OSError for a folder; ValueError or TypeError, before anything runs, for what
     `read_recipe` refuses, names of no weights, missing data, and weights that a stage cannot treat or keep while it

@@ -6,9 +6,13 @@
 __all__ = []
 
 # %% ../nbs/01_resume.ipynb #82e7753a
+import dis
 import os
 import random
+import zlib
+from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType
 
 import numpy as np
 import torch
@@ -73,29 +77,73 @@ def _generators(data):
     found = [getattr(owner, "generator", None) for owner in owners]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
+# %% ../nbs/01_resume.ipynb #3d919b40
+_PLAIN = type(None), bool, int, float, complex, str, bytes
+
+
+def _around(f):
+    "The values from around a function, but for those that can change while it runs."
+    sets = {i.argval for i in dis.get_instructions(f.__code__) if i.opname == "STORE_DEREF"}
+    for name, cell in zip(f.__code__.co_freevars, f.__closure__ or ()):
+        try: value = cell.cell_contents
+        except ValueError: continue  # not set yet
+        if name not in sets and not isinstance(value, (list, dict, set)): yield name, value
+
+
+def _made_of(value, seen=()):
+    "What decides what a function or a value does, as text that is the same in each process."
+    if isinstance(value, _PLAIN): return repr(value)
+    if id(value) in seen: return "itself"
+    def each(values): return [_made_of(v, (*seen, id(value))) for v in values]
+    kind = type(value).__qualname__
+    if isinstance(value, (tuple, list)): return f"{kind} {each(value)}"
+    if isinstance(value, (set, frozenset)): return f"{kind} {sorted(each(value))}"
+    if isinstance(value, dict): return f"{kind} {each(value.items())}"
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta:
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return f"{value.dtype} {tuple(value.shape)} {zlib.crc32(data.numpy())}"
+    if isinstance(value, CodeType): return f"{value.co_code.hex()} {value.co_names} {each(value.co_consts)}"
+    if isinstance(value, FunctionType):
+        return f"{value.__qualname__} {each([value.__code__, value.__defaults__, value.__kwdefaults__, *_around(value)])}"
+    if isinstance(value, MethodType): return f"{each([value.__func__, value.__self__])}"
+    if isinstance(value, partial): return f"partial {each([value.func, value.args, value.keywords])}"
+    if isinstance(value, torch.nn.Module): return f"{kind} {each(map(_own, value.modules()))}"
+    return f"{getattr(value, '__qualname__', kind)} {each([_own(value)])}"
+
+
+def _own(value):
+    "The type of an object, and its plain attributes and functions."
+    held = {} if isinstance(value, type) else getattr(value, "__dict__", {})
+    kinds = (*_PLAIN, tuple, FunctionType, partial)
+    return type(value).__qualname__, {k: v for k, v in held.items() if k[:1] != "_" and k != "training" and isinstance(v, kinds)}
+
 # %% ../nbs/01_resume.ipynb #f0dfe24d
+def _kind(f): return None if f is None else getattr(f, "__qualname__", type(f).__qualname__)
+
+
+def _which(f): return None if f is None else f"{_kind(f)} ({zlib.crc32(_made_of(f).encode()):08x})"
+
+
 def _settings(run):
     "What a checkpoint has to agree with."
     def shapes(data):
         if data is None: return None
         if isinstance(data, DataLoader): return [f"loader of batches of {data.batch_size}"]
         return [f"{t.dtype} {tuple(t.shape)}" for t in _leaves(data)]
-    def kind(f): return None if f is None else getattr(f, "__qualname__", type(f).__qualname__)
     def size(group):
         rate = group.get("initial_lr", group.get("lr"))
         return f"{len(group['params'])} parameters, lr {rate}"
     optimizer = run.optimizer
     defaults = repr(getattr(optimizer, "defaults", None))
-    kinds = ("scheduler", "loss", "penalty")
     tensors = {k: v for k, v in run.model.state_dict().items() if isinstance(v, torch.Tensor)}
     return {
         "model": [f"{name} {shapes(t)[0]}" for name, t in tensors.items()],
-        "optimizer": [kind(optimizer), defaults, *map(size, optimizer.param_groups)],
+        "optimizer": [_kind(optimizer), defaults, *map(size, optimizer.param_groups)],
         "data": shapes(run.train), "valid": shapes(run.valid),
-        "metrics": list(run.metrics or []), "amp": str(run.amp),
+        "metrics": [f"{name}: {_which(f)}" for name, f in (run.metrics or {}).items()], "amp": str(run.amp),
         **{name: getattr(run, name) for name in ("batch_size", "clip", "patience", "seed")},
-        **{name: kind(getattr(run, name)) for name in kinds},
-        "after_step": [kind(f) for f in run.after_step],
+        "loss": _which(run.loss), "scheduler": _kind(run.scheduler), "penalty": _kind(run.penalty),
+        "after_step": [_kind(f) for f in run.after_step],
     }
 
 # %% ../nbs/01_resume.ipynb #1e04fbd5

@@ -311,6 +311,8 @@ def fit(
 ) -> History:  # one row per epoch
     """Train `model` on `data`, and return what was measured.
 
+    A checkpoint of another run is refused: another model, optimizer, shape of data, setting, loss or metric (by code,
+    arguments and plain attributes), or name of a schedule, penalty or function after steps.
     Raises FloatingPointError at a step or, with `patience`, a validation loss that is not
     finite, and TypeError or ValueError at once."""
     run = _Run(locals())

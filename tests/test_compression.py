@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -376,6 +377,26 @@ def test_a_loss_of_another_name_does_not_go_on(tmp_path):
     def other(output, y): return F.cross_entropy(output, y, label_smoothing=.5)
     with pytest.raises(Stopped): compress(mlp(), task(), stopping(3), FULL[:2], tmp_path / "a")
     with pytest.raises(ValueError, match="a.part: is of another run, its loss differs"): compress(mlp(), task(), other, FULL[:2], tmp_path / "a")
+
+
+LOSSES = {"lambda": lambda w: lambda o, y: F.cross_entropy(o, y, label_smoothing=w), "partial": lambda w: partial(F.cross_entropy, label_smoothing=w),
+          "module": lambda w: nn.CrossEntropyLoss(label_smoothing=w), "state": lambda w: nn.CrossEntropyLoss(torch.full((6,), 1 + w))}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("what", ["loss", "metrics"])
+def test_functions_of_one_name_are_told_apart(tmp_path, monkeypatch, kind, what):
+    if (kind, what) == ("state", "metrics"): return
+    def run(w):
+        one, data = LOSSES[kind](w), task()
+        given = (one, {"m": F.cross_entropy}) if what == "loss" else (F.cross_entropy, {"m": one})
+        return compress(mlp(), data, given[0], FULL[:2], tmp_path / "a", test=data, metrics=given[1])
+    def stop(*_): raise Stopped
+    with monkeypatch.context() as patch:
+        patch.setattr(Tune, "train", stop)
+        with pytest.raises(Stopped): run(.5)
+    with pytest.raises(ValueError, match=f"a.part: is of another run, its {what} differs"): run(.25)
+    run(.5)
 
 
 def test_an_empty_parameter_is_rounded(tmp_path):
