@@ -249,7 +249,7 @@ def _form(record, dtype, shape):
     if mask is not None: values = values.new_zeros(turned).masked_scatter_(mask, values)
     values = (values.T.contiguous() if p.order == 2 else values).view(shape)
     if p.kind < 2: return values
-    need(p.size > 0, "record", "groups of a row", p.size)
+    need(n > 0 and p.size > 0, "record", "groups of a row", p.size)
     rows = shape[0] if len(shape) > 1 else 1
     return Scaled(values, numbers.view(rows, -(-n // rows // p.size)), p.size)
 
