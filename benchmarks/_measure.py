@@ -18,10 +18,11 @@ def synchronize(device):
     if device.type == "cuda": torch.cuda.synchronize(device)
 
 
-def samples(candidates, device=torch.device("cpu"), runs=20, warmup=3):
-    "Seconds of each run of `candidates`, {name: function}, run in turn `runs` times after warm-up."
-    times = {name: [] for name in candidates}
+def samples(candidates, device=torch.device("cpu"), runs=20, warmup=3, seconds=float("inf")):
+    "Seconds of each run of `candidates`, {name: function}, in turn after warm-up: `runs`, or two and what fits into `seconds`."
+    times, begun = {name: [] for name in candidates}, time.perf_counter()
     for i in range(warmup + runs):
+        if i >= warmup + 2 and time.perf_counter() - begun > seconds: break
         for name, function in candidates.items():
             synchronize(device)
             start = time.perf_counter()
