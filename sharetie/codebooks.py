@@ -142,8 +142,9 @@ def cluster_(
 ) -> nn.Module:  # the model
     """Let weights look up codebooks, in place; a tied one is clustered once and stays tied.
 
-    Raises TypeError or ValueError, before anything changes, as `kmeans_1d` does, and for weights that are
-    computed, of nn.RNNBase, or parts of another's memory. Sources: Han et al. 2016, Choi et al. 2017 (weights)."""
+    Make the optimizer after. Raises TypeError or ValueError, before anything changes, as `kmeans_1d` does, and for
+    weights that are computed, of nn.RNNBase, or parts of another's memory.
+    Sources: Han et al. 2016, Choi et al. 2017 (weights)."""
     one_of(scope, "scope", ["layer", "across"])
     need(isinstance(zero, bool), "zero", "True or False", zero, TypeError)
     groups = _chosen(model, names)
@@ -214,7 +215,7 @@ def decode_(
 ) -> nn.Module:  # the model
     """Turn look-ups back into plain parameters of the same values, in place; what was tied stays tied.
 
-    Raises TypeError for no module, ValueError where there is no look-up."""
+    Make the optimizer after. Raises TypeError for no module, ValueError where there is no look-up."""
     found = _lookups(model)
     need(found, "model", "one with look-ups", type(model))
     for (lookup, source), at in found.items():

@@ -316,8 +316,8 @@ def share_basis_(
 ) -> nn.Module:  # the model
     """Replace linear layers by mixtures of one basis, a Parameter that all of them hold, in place.
 
-    Raises TypeError or ValueError, before anything changes, as `factorize_` does, for fewer than two weights, and for
-    layers that read different widths. Source: Wang et al. 2025."""
+    Make the optimizer after. Raises TypeError or ValueError, before anything changes, as `factorize_` does, for fewer
+    than two weights, and for layers that read different widths. Source: Wang et al. 2025."""
     weights = _weights(model, names, (*_LINEAR, *_TABLES))
     _changeable(model), no_views(model, "share_basis_")
     need(len(weights) > 1, "names", "at least two weights", [w.name for w in weights])

@@ -144,8 +144,8 @@ def hash_(
 ) -> nn.Module:  # the model
     """Let weights share numbers by a hash of their place, in place; a tied one is hashed once and stays tied.
 
-    Raises TypeError or ValueError, before anything changes, for factors below 1 and for weights that are computed,
-    of nn.RNNBase, or parts of another's memory. Source: Chen et al. 2015."""
+    Make the optimizer after. Raises TypeError or ValueError, before anything changes, for factors below 1 and for
+    weights that are computed, of nn.RNNBase, or parts of another's memory. Source: Chen et al. 2015."""
     real(factor, "factor", 1), one_of(values, "values", ["fresh", "nearest"])
     groups = _chosen(model, names)
     _changeable(model)

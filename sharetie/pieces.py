@@ -182,8 +182,9 @@ def quantize_pieces_(
 ) -> nn.Module:  # the model
     """Let rows of weights look up pieces, in place; a tied weight is cut once and stays tied.
 
-    Raises TypeError or ValueError, before anything changes, for weights that are no matrices, computed, of
-    nn.RNNBase or parts of another's memory, for columns that are no multiple of `width`, and as `kmeans` does.
+    Make the optimizer after. Raises TypeError or ValueError, before anything changes, for weights that are no
+    matrices, computed, of nn.RNNBase or parts of another's memory, for columns that are no multiple of `width`, and
+    as `kmeans` does.
     Sources: Gong et al. 2014; Stock et al. 2020 (one codebook, moments)."""
     whole(k, "k", 1), whole(width, "width", 1), one_of(books, "books", _BOOKS)
     groups = _chosen(model, names)

@@ -253,8 +253,9 @@ def assign_(
 ) -> nn.Module:  # the model
     """Give each weight of a prior the mean that is most responsible for it, as look-ups of one codebook, in place.
 
-    What is tied stays tied; `decode_` and `stored_bits` of the chapter on codebooks apply. Raises TypeError or
-    ValueError, before anything changes, for another prior and for weights that are computed by now."""
+    What is tied stays tied; `decode_` and `stored_bits` of the chapter on codebooks apply. Make the optimizer
+    after. Raises TypeError or ValueError, before anything changes, for another prior and for weights that are computed
+    by now."""
     need(isinstance(prior, MixturePrior), "prior", "a MixturePrior", type(prior), TypeError)
     model, weights, zero = prior._model[0], prior.weights(), prior.zero is not None
     _changeable(model)

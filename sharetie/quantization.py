@@ -215,8 +215,8 @@ def quantize_(
     With names=None all else stays as it is: transposed convolutions, recurrent layers, nn.EmbeddingBag, and the joint
     weight of queries, keys and values in nn.MultiheadAttention; `quantized_weights` says what was done. A layer whose
     weight is computed, such as a masked or weight-normed one, is refused, not left: name the others.
-    Raises TypeError or ValueError, before anything changes, for bits and group sizes out of range, weights that are not
-    finite or used in other ways, and layers of other kinds or with max_norm. Source: Krishnamoorthi 2018."""
+    Make the optimizer after. Raises TypeError or ValueError, before anything changes, for bits and group sizes out of
+    range, weights that are not finite or used in other ways, and layers of other kinds or with max_norm. Source: Krishnamoorthi 2018."""
     _check(bits, group_size)
     weights = _weights(model, names, _TREATED, grouped=True)
     _changeable(model), no_views(model, "quantize_")
@@ -303,7 +303,8 @@ def convert_(
 ) -> nn.Module:  # the model
     """Quantize what `prepare_` prepared, as it was computed with, in place.
 
-    Raises TypeError for no module, ValueError where nothing was prepared, and for weights that are not finite."""
+    Make the optimizer after. Raises TypeError for no module, ValueError where nothing was prepared, and for weights
+    that are not finite."""
     need(isinstance(model, nn.Module), "model", "a module", type(model), TypeError)
     found = [(path, module) for path, module in module_paths(model) if _grid(module) is not None]
     need(found, "model", "one that `prepare_` prepared", type(model))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from sharetie import compression
 from sharetie.archive import Archive, Scaled
 from sharetie.codebooks import cluster_
 from sharetie.command import main
@@ -758,3 +759,16 @@ def test_a_file_with_ties_is_compressed_with_them(folder):
     load_model(fresh, Archive("small"))
     assert fresh.head.weight is fresh.embedding.weight and len(fresh.head.weight.unique()) == 5
     assert "head.weight" not in Archive("small").entries
+
+
+@pytest.mark.parametrize("how", ["cluster_", "decode_", "hash_", "quantize_pieces_", "quantize_", "prepare_", "convert_", "factorize_",
+                                 "share_basis_"])
+def test_what_replaces_parameters_says_so(how):
+    "Of an optimizer made before, some Parameters are no more the model's."
+    model, options = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), {"cluster_": [4], "hash_": [3], "quantize_pieces_": [3, 2]}
+    if how == "decode_": cluster_(model, 4)
+    if how == "convert_": compression.prepare_(model)
+    before, call = {id(p) for p in model.parameters()}, getattr(compression, how)
+    call(model, *options.get(how, []), **{"factorize_": {"rank": 2}, "share_basis_": {"names": "*", "rank": 2}}.get(how, {}))
+    replaced = not before <= {id(p) for p in model.parameters()}
+    assert replaced == ("Make the optimizer after." in " ".join(call.__doc__.split())) == (how != "prepare_")
