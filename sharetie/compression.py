@@ -50,7 +50,7 @@ from .quantization import *
 from .recipes import *
 from .recipes import _Ahead, _at, _Run
 from .results import _tqdm
-from .resume import _which
+from .resume import _generators, _which
 from .saving import load_model, save_model
 from .scores import _check_data, _leaves, evaluate
 
@@ -71,9 +71,15 @@ _all_ = [
 # %% ../nbs/42_compression.ipynb #8c7fe817
 _PART = "sharetie.compress"
 _MASK = "sharetie.mask."
+_ORDER = "sharetie.generator."
 
 
 def _masks(run): return {_MASK + name: mask.to(torch.uint8) for name, mask in run.pruned.items()}
+
+
+def _orders(run):
+    "The generators of a loader that order the examples, by name."
+    return {f"{_ORDER}{i}": generator for i, generator in enumerate(_generators(getattr(run.data, "train", run.data)))}
 
 
 def _digest(data):
@@ -89,7 +95,7 @@ def _settings(run, rows, test, metrics):
     frozen = [name for name, p in run.model.named_parameters() if not p.requires_grad]
     kinds = [type(m).__name__ for m in run.model.modules()]
     model = _checksum({"ties": ties, "clustered": run.clustered, "pieces": [*run.forms], "frozen": frozen, "kinds": kinds}, tensors | _masks(run))
-    data = [_digest(run.data), _digest(test) if metrics else None]
+    data = [_digest(run.data), _digest(test) if metrics else None, *_orders(run)]
     state = run.loss.state_dict() if isinstance(run.loss, nn.Module) else {}
     loss = [_which(run.loss), _checksum({}, {name: t for name, t in state.items() if isinstance(t, Tensor) and t.dtype in CODES})]
     measured = {name: _which(f) for name, f in metrics.items()}
@@ -107,18 +113,21 @@ def _save(run, part, settings, table):
     tensors, ties = run.contents()
     settings = settings | {"recipe": settings["recipe"][: len(table) - 1]}
     note = settings | {"table": table, "pruned": [*run.pruned], "clustered": run.clustered, "forms": [*run.forms], "coded": run.coded}
-    write_archive(part, tensors | _masks(run), ties | {_PART: json.dumps(note, ensure_ascii=False)}, entropy=False, force=True)
+    tensors |= _masks(run) | {name: generator.get_state() for name, generator in _orders(run).items()}
+    write_archive(part, tensors, ties | {_PART: json.dumps(note, ensure_ascii=False)}, entropy=False, force=True)
 
 
 def _resume(run, part, settings):
     "Put a run where its file left it, and return its table."
-    archive = Archive(part)
+    try: archive = Archive(part)
+    except ValueError as error: raise ValueError(f"{error}; remove it, or name another target") from error
     try: note = json.loads(archive.metadata[_PART])
     except (KeyError, ValueError) as error: raise ValueError(f"{part}: no file of an interrupted run; move it away") from error
     now = settings | {"recipe": settings["recipe"][: len(note["table"]) - 1]}
     for key in ("recipe", "model", "data", "loss", "metrics"):
         if note.get(key) != now[key]: raise ValueError(f"{part}: is of another run, its {key} differs; remove it, or name another target")
-    load_model(run.model, archive, strict=False)  # it holds masks, too
+    load_model(run.model, archive, strict=False)  # it holds masks, and states of generators, too
+    for name, generator in _orders(run).items(): generator.set_state(archive[name])
     run.clustered, run.coded = note["clustered"], note["coded"]
     run.pruned = {name: archive[_MASK + name].bool().to(run.model.get_parameter(name).device) for name in note["pruned"]}
     run.forms = {name: archive.form(name) for name in note["forms"]}

@@ -155,7 +155,7 @@ def _read(run):
         try: state = torch.load(path, map_location=where, weights_only=True)
         except Exception as e:
             why = type(e).__name__
-            raise ValueError(f"checkpoint: cannot read {str(path)!r} ({why})") from e
+            raise ValueError(f"checkpoint: cannot read {str(path)!r} ({why}); name another file, or remove it") from e
         _compare_settings(state.get("settings", {}) if isinstance(state, dict) else {}, run)
         least = f"at least the {state['epoch']} of the checkpoint {str(path)!r}"
         need(state["epoch"] <= run.epochs, "epochs", least, run.epochs)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from sharetie import compression
 from sharetie.archive import Archive, Scaled
@@ -433,6 +433,22 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"parts", "whole"}
 
 
+@pytest.mark.parametrize("sampler", [False, True])
+def test_an_interrupted_run_goes_on_in_the_order_of_its_loader(tmp_path, sampler):
+    "A generator of a loader, or of its sampler, goes on from stage to stage."
+    def loader():
+        data, generator = TensorDataset(*task()), torch.Generator().manual_seed(5)
+        if sampler: return DataLoader(data, 16, sampler=RandomSampler(data, generator=generator))
+        return DataLoader(data, 16, shuffle=True, generator=generator)
+    recipe, steps = [TUNE, {"stage": "prune", "sparsity": .5}, TUNE], TUNE["epochs"] * len(loader())
+    compress(mlp(), loader(), stopping(10**9), recipe, tmp_path / "whole")
+    with pytest.raises(Stopped): compress(mlp(), loader(), stopping(steps + 1), recipe, tmp_path / "parts")
+    fixed = DataLoader(TensorDataset(*task()), 16)
+    with pytest.raises(ValueError, match="its data differs"): compress(mlp(), fixed, stopping(10**9), recipe, tmp_path / "parts")
+    compress(mlp(), loader(), stopping(10**9), recipe, tmp_path / "parts")
+    assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 @pytest.mark.filterwarnings("ignore:recipe.4.")  # of the model with one weight
 def test_what_an_interrupted_run_can_go_on_with(tmp_path):
     data, path = task(), tmp_path / "a"
@@ -444,7 +460,7 @@ def test_what_an_interrupted_run_can_go_on_with(tmp_path):
     (tmp_path / "b.part").write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match="b.part: no file of an interrupted run"): compress(mlp(), data, stopping(99), FULL, tmp_path / "b")
     (tmp_path / "b.part").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="b.part"): compress(mlp(), data, stopping(99), FULL, tmp_path / "b")
+    with pytest.raises(ValueError, match="b.part: damaged, .*; remove it, or name another target"): compress(mlp(), data, stopping(99), FULL, tmp_path / "b")
 
 
 STOPS = [{"stage": "prune", "sparsity": .5}, {"stage": "tune", "epochs": 4, "batch_size": 16}, {"stage": "quantize", "epochs": 3, "bits": 2, "batch_size": 16}]

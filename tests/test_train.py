@@ -292,7 +292,7 @@ def test_what_a_loss_counts_or_collects_is_no_other_loss():
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     path = tmp_path / "run.pt"
     path.write_text("nothing of the kind")
-    with pytest.raises(ValueError, match="checkpoint: cannot read .*run.pt"): fit(net(), toy(), F.cross_entropy, checkpoint=path)
+    with pytest.raises(ValueError, match="checkpoint: cannot read .*run.pt.*; name another file, or remove it"): fit(net(), toy(), F.cross_entropy, checkpoint=path)
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="is of another run"): fit(net(), toy(), F.cross_entropy, checkpoint=path)
 
