@@ -25,6 +25,7 @@ from dataclasses import asdict, fields
 from glob import escape
 from importlib import import_module
 from pathlib import Path
+from traceback import extract_tb
 
 import click
 import pandas as pd
@@ -236,6 +237,9 @@ def _bare(file):
     return root
 
 
+def _one_line(error): return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _task(text):
     "Model, data and loss, from a function that is named as module:function."
     module, _, name = text.partition(":")
@@ -243,8 +247,12 @@ def _task(text):
     sys.path.insert(0, here := os.getcwd())
     try:
         try: make = getattr(import_module(module), name)
-        except (ImportError, AttributeError) as error: raise ValueError(f"--task: {text!r} cannot be imported ({error})") from error
-        found = make()
+        except Exception as error: raise ValueError(f"--task: {text!r} cannot be imported ({_one_line(error)})") from error
+        try: found = make()
+        except Exception as error:
+            _, *inside = extract_tb(error.__traceback__)
+            at = "".join(f", {frame.filename}, line {frame.lineno}" for frame in inside[:1])
+            raise ValueError(f"--task: {text!r}{at}: {_one_line(error)}") from error
     finally: sys.path.remove(here)
     fine = isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], nn.Module)
     need(fine, "--task", "a function that returns model, data and loss", found, TypeError)

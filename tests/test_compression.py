@@ -1,5 +1,6 @@
 "The pipeline: stages and what they keep, ties, recipes, interruption, files, and the command line."
 import copy
+import importlib
 import itertools
 import json
 import os
@@ -666,8 +667,6 @@ def task():
     return nn.Sequential(nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 6)), (torch.randn(64, 8), torch.randint(6, (64,))), loss
 
 def wrong(): return 3
-
-def broken(): return None.nothing
 """
 
 
@@ -739,9 +738,19 @@ def test_errors_are_one_line_and_status_2(folder, words, line):
     assert len(done.output.splitlines()) == 1 and {p.name for p in folder.iterdir()} - {"__pycache__"} == before
 
 
-def test_an_error_in_a_task_is_its_own(folder):
-    done = CliRunner().invoke(main, ["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "tasks:broken"])
-    assert isinstance(done.exception, AttributeError) and "nothing" in str(done.exception) and not os.path.exists("small")
+@pytest.mark.parametrize("code, line", [
+    ("def task(): return None.nothing", "--task: 'own:task', {file}, line 1: AttributeError: 'NoneType' object has no attribute 'nothing'"),
+    ("\ndef task():\n    raise RuntimeError('of two\\nlines')", "--task: 'own:task', {file}, line 3: RuntimeError: of two lines"),
+    ("def task(size): pass", "--task: 'own:task': TypeError: task() missing 1 required positional argument: 'size'"),
+    ("1 / 0", "--task: 'own:task' cannot be imported (ZeroDivisionError: division by zero)"),
+    ("def task(:", "--task: 'own:task' cannot be imported (SyntaxError: invalid syntax (own.py, line 1))"),
+])
+def test_an_error_in_a_task_names_its_place(folder, monkeypatch, code, line):
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    (folder / "own.py").write_text(code)
+    importlib.invalidate_caches()
+    done = CliRunner().invoke(main, ["compress", "model.safetensors", "small", "--recipe", "full.json", "--task", "own:task"])
+    assert done.exit_code == 2 and done.output == f"Error: {line.format(file=folder / 'own.py')}\n" and not os.path.exists("small")
 
 
 def test_usage_json_and_help(folder):
