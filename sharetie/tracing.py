@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -127,9 +128,16 @@ def _moved(t, move, x, outs):
         for axes, at in zip(made, move(_spread(ids, d, x.shape))):
             found = _along(at)
             if len(ids) == 1: t.numbers.fix(ids, "being the only one")
-            elif found is None or axes[found[0]] is not None: t.fix(np.unique(at.numpy()))
+            elif found is None or axes[found[0]] is not None: t.numbers.fix(np.unique(at.numpy()), _held(t, ids, at, found))
             else: axes[found[0]] = found[1]
     return made
+
+
+def _held(t, ids, at, found):
+    "Why a move holds units; where it spreads all that a layer puts out over several axes, with the name of the layer."
+    name = next((name for name, own in t.outputs.items() if np.array_equal(own, ids)), None)
+    splits = name and found is None and len(at.unique()) == len(np.unique(ids))
+    return f"the {t.why} that splits the features of {name!r}" if splits else t.why
 
 # %% ../nbs/40_tracing.ipynb #e232e065
 def _product(t, a, out):
@@ -250,10 +258,15 @@ def _softmax(t, a, out):
 def _spatial(n):
     "A rule for what moves along the last n axes only."
     def rule(t, a, out):
-        x = next(_tensors(a))
-        for ids in t.axes(x)[-n:]: t.fix(ids)
-        return t.axes(x)[:-n] + [None] * n
+        axes = t.axes(next(_tensors(a)))
+        for ids in axes[len(axes) - n:]: t.fix(ids)
+        return axes[:len(axes) - n] + [None] * n
     return rule
+
+
+def _pad(t, a, out):
+    "Any padding; a value other than 0 stands where a unit has nothing to put out."
+    return _spatial(out.ndim if a.get("value") else len(a["pad"]) // 2)(t, a, out)
 
 # %% ../nbs/40_tracing.ipynb #1386c750
 _MOVES = ("t transpose permute unsqueeze squeeze expand slice select split split_with_sizes unbind view "
@@ -264,16 +277,37 @@ _RULES = {
                     "log_sigmoid_forward".split(), _elementwise),
     **dict.fromkeys("mm addmm bmm baddbmm mv addmv dot".split(), _product),
     **dict.fromkeys("native_batch_norm _native_batch_norm_legit_no_training cudnn_batch_norm".split(), _batch_norm),
-    **dict.fromkeys("native_layer_norm _fused_rms_norm".split(), _layer_norm),
     **dict.fromkeys("sum mean amax amin var std prod max min any all".split(), _gathered),
     **dict.fromkeys("_softmax _log_softmax cumsum".split(), _softmax),
-    "convolution": _convolution, "native_group_norm": _group_norm, "cat": _cat, "stack": _stack,
-    "embedding": _embedding, "glu": _glu,
+    "convolution": _convolution, "native_layer_norm": _layer_norm, "native_group_norm": _group_norm, "cat": _cat,
+    "stack": _stack, "embedding": _embedding, "glu": _glu,
 }
 _SPATIAL = ("max_pool{}_with_indices", "avg_pool{}", "_adaptive_avg_pool{}", "adaptive_max_pool{}",
-            "upsample_nearest{}", "reflection_pad{}", "replication_pad{}")
+            "upsample_nearest{}")
 _RULES |= {name.format(f"{n}d"): _spatial(n) for name in _SPATIAL for n in (1, 2, 3)}
 _RULES |= {f"upsample_{kind}2d": _spatial(2) for kind in ("bilinear", "bicubic")}
+_FUNCTIONS = {
+    "rms_norm": (("input", "normalized_shape", "weight", "eps"), _layer_norm),
+    "pad": (("input", "pad", "mode", "value"), _pad),
+}
+
+# %% ../nbs/40_tracing.ipynb #e8989fbb
+class _Functions(TorchFunctionMode):
+    "Shows a tracer functions as they are called that would reach it in parts."
+    def __init__(self, tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, t = kwargs or {}, self.tracer
+        names, rule = _FUNCTIONS.get(func.__name__, ((), None))
+        if rule is None: return func(*args, **kwargs)
+        t.whole = True
+        try: out = func(*args, **kwargs)
+        finally: t.whole = False
+        given, t.now = dict(zip(names, args)) | kwargs, func.__name__
+        if any(id(v) in t.known for v in _tensors(given)): t.put(out, rule(t, given, out))
+        return out
 
 # %% ../nbs/40_tracing.ipynb #714dc5e6
 class Tracer(_Notes, TorchDispatchMode):
@@ -283,9 +317,20 @@ class Tracer(_Notes, TorchDispatchMode):
     ):
         super().__init__()
         self.begin(held)
+        self.whole, self.functions = False, _Functions(self)
+
+    def __enter__(self):
+        self.functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.functions.__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, self.now = func(*args, **(kwargs or {})), func._schema.name.removeprefix("aten::")
+        out = func(*args, **(kwargs or {}))
+        if self.whole: return out
+        self.now = func._schema.name.removeprefix("aten::")
         outs = [v for v in tree_leaves(out) if isinstance(v, Tensor)]
         given = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         if any(id(v) in self.known for v in given): self.follow(func, args, kwargs or {}, given, outs)
@@ -310,7 +355,7 @@ _READERS = nn.Linear, nn.modules.conv._ConvNd
 def _axis(module):
     "The axis of units in what a layer reads and puts out, counted from the end; None where that is not known."
     if isinstance(module, nn.modules.conv._ConvNd): return 1 - module.weight.ndim
-    flat = isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1
+    flat = isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and len(module.normalized_shape) == 1
     return -1 if flat or isinstance(module, (nn.Linear, nn.Embedding)) else None
 
 

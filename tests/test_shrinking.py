@@ -268,13 +268,16 @@ def test_refused_and_untouched(make, units, error, message):
     assert equal(before, snapshot(model, optimizer)) and not model._forward_pre_hooks
 
 
-def test_mean_over_units_where_it_is_wanted():
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_mean_over_units_where_it_is_wanted(norm):
     set_seed(0)
     model, x = Written(True), torch.randn(5, 3)
-    a = copy.deepcopy(model)
+    model.norm = norm(4)
+    a, stay = copy.deepcopy(model), [0, 1, 3]
     remove_units_(model, {"a": [2]}, x, exact=False)
-    h = F.layer_norm(a.a(x)[:, [0, 1, 3]], (3,), a.norm.weight[[0, 1, 3]], a.norm.bias[[0, 1, 3]])
-    torch.testing.assert_close(model(x), h @ a.b.weight[:, [0, 1, 3]].T + a.b.bias)
+    left = norm(3)
+    left.load_state_dict({name: p[stay] for name, p in a.norm.state_dict().items()})
+    torch.testing.assert_close(model(x), left(a.a(x)[:, stay]) @ a.b.weight[:, stay].T + a.b.bias)
     assert model.norm.normalized_shape == (3,)
 
 
@@ -344,6 +347,16 @@ def test_real_transformer():
     torch.testing.assert_close(model(tokens).logits, masked(tokens).logits)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.transformer.h[0].mlp.c_fc.weight.shape == (16, 32)
+
+
+def test_units_in_front_of_a_padding_that_goes_around():
+    set_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular")), torch.randn(2, 2, 5, 5)
+    a = copy.deepcopy(model)
+    remove_units_(model, {"0": [1]}, x)
+    with torch.no_grad(): a[2].weight[:, 1] = 0
+    assert model[2].in_channels == 3
+    torch.testing.assert_close(model(x), a(x))
 
 
 def test_inputs_on_which_nothing_can_be_compared():

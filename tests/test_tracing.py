@@ -78,6 +78,36 @@ def test_normalizations(norm):
     if isinstance(norm, nn.GroupNorm): assert count(graph, "0") == 2 and graph.layers["0"][0] in graph.mixed
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), nn.RMSNorm(4), nn.RMSNorm(4, elementwise_affine=False)])
+def test_a_norm_over_units_mixes_them(norm):
+    "On any device: an RMS norm is one function, whatever it is made of."
+    graph = trace_units(nn.Sequential(nn.Linear(3, 4), norm, nn.Linear(4, 2)), torch.randn(2, 3))
+    assert not held(graph, "0") and all("norm in '1'" in graph.mixed[u] for u in graph.layers["0"])
+    if isinstance(norm.weight, nn.Parameter): assert same(graph, "0", "1") and np.array_equal(graph.axes["1.weight"][0], graph.layers["0"])
+    graph = trace_units(nn.Sequential(norm, nn.Linear(4, 2)), torch.randn(2, 4))
+    if isinstance(norm.weight, nn.Parameter): assert "where they meet what has no units" in graph.fixed[graph.axes["0.weight"][0][0]]
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+def test_padding_along_positions_holds_no_channels(mode):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1, padding_mode=mode))
+    assert not held(trace_units(model, torch.randn(1, 3, 5, 5)), "0")
+
+
+@pytest.mark.parametrize("pad, value, free", [((1, 1), 0, True), ((), None, True), ((1, 1), 2., False), ((0, 0, 0, 1), 0., False)])
+def test_padding_of_channels_holds_them(pad, value, free):
+    model = functional(lambda m, x: m.b(F.pad(m.a(x), pad, value=value)[:, :4]), a=nn.Conv1d(3, 4, 1), b=nn.Conv1d(4, 2, 1))
+    graph = trace_units(model, torch.randn(1, 3, 5))
+    assert held(graph, "a") != free and (free or graph.table().loc["a", "because of"] == "pad")
+
+
+def test_a_view_that_splits_a_layer_names_it():
+    split = functional(lambda m, x: m.b(m.a(x).relu().view(-1, 2, 2).sum(1)), a=nn.Linear(3, 4), b=nn.Linear(2, 2))
+    assert trace_units(split, torch.randn(2, 3)).table().loc["a", "because of"] == "the view that splits the features of 'a'"
+    taken = functional(lambda m, x: m.a(x).relu()[:, :1], a=nn.Linear(3, 4))
+    assert "splits" not in " ".join(trace_units(taken, torch.randn(2, 3)).table()["because of"])
+
+
 def test_gates_slices_and_halves():
     model = functional(lambda m, x: m.c(F.glu(m.a(x))), a=nn.Linear(3, 8), c=nn.Linear(4, 2))
     graph = trace_units(model, torch.randn(2, 3))
