@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .binding import _Whole
+from .criteria import _eager
 from .errors import match_names, need, one_of, real, tensor, whole
 from .finding import _need_shapes, module_paths
+from .layerwise import _Outside
 from .making import Declared, _changeable, _declare, declared_ties
+from .masks import Mask, Masked
 from .products import Factored, FactoredTable, FactoredTranspose
 from .products import _CONVS, _LINEAR, _TABLES, _factors, _holding, _kind, _limits, _linear, _row, _size
 from .scores import _mode
@@ -95,6 +98,7 @@ def _use(site, kinds, flipped, grouped):
     if obstacle or site.weight != "weight" or not (plain or mapped):
         how = f"used by {obstacle or type(site.layer).__name__}"
         if not plain: how = f"computed by {type(site.module[0]).__name__}"
+        if not plain and isinstance(site.module[0], (Mask, Masked)): how += "; make_permanent_(model) first, or name other weights"
         users = ", ".join(k.__name__ for k in kinds)
         raise ValueError(f"names: weights that only {users} use, as they are or transposed by tie_, are expected, "
                          f"got {site.labels[0]!r}, {how}")
@@ -141,7 +145,7 @@ def _held(use, factors):
 def _watched(model, weights, x):
     "By weight and layer, the number, sum and second moments of what linear layers read, or convolutions put out."
     tensor(x, "x", filled=True, finite=True)
-    sums, hooks = {}, []
+    sums, hooks, outside = {}, [], _Outside({weight.name: weight for weight in weights})
     def watch(key, layer, args, out):
         d = len(getattr(layer, "kernel_size", ()))
         seen = args[0] if not d else out if layer.bias is None else out - layer.bias.view(-1, *[1] * d)
@@ -151,10 +155,11 @@ def _watched(model, weights, x):
     for i, weight in enumerate(weights):
         for use in weight.uses:
             need(not use.flipped, "x", f"None for {weight.name!r}, which is used as its transpose, too,", "examples")
+            hooks += outside.watch(weight.name, use.layer)
             if _kind(use.layer) not in _TABLES:
                 hooks.append(use.layer.register_forward_hook(partial(watch, (i, use.layer))))
     try:
-        with torch.no_grad(), _mode(model, False):
+        with torch.no_grad(), _mode(model, False), _eager(), outside:
             for part in x.split(256): model(part)
     except (RuntimeError, TypeError, IndexError) as error: raise ValueError(f"x: examples that the model takes are expected ({error})") from error
     finally:
@@ -174,8 +179,7 @@ def _moments(model, weights, x):
         own = [moment for key, moment in about.items() if key[0] == i]
         tables = all(_kind(use.layer) in _TABLES for use in weight.uses)
         if not own and not tables:
-            raise ValueError(f"x: examples that reach {weight.name!r} by a call of its layer are expected; nn.MultiheadAttention "
-                             "reads its out_proj without one, so name the other layers")
+            raise ValueError(f"x: examples that reach {weight.name!r} are expected; name other layers")
         moments.append(tensor(sum(own), f"what {weight.name!r} sees of x", finite=True) if own else None)
     return moments, means
 
@@ -266,7 +270,8 @@ def factorize_(
     """Replace layers by thin ones in a row, in place; a tied weight is factorized once, and its factors are tied.
 
     Make the optimizer after. Raises TypeError or ValueError, before anything changes, for ranks beyond a layer, weights
-    used in other ways, layers of other kinds, in groups or with max_norm, and for examples that do not reach a layer.
+    used in other ways (with x also by a function that is no layer), layers of other kinds, in groups or with max_norm,
+    and for examples that do not reach a layer.
     Sources: Zhang et al. 2016 (x), Kim et al. 2016 (tucker), Lebedev et al. 2015 (cp)."""
     one_of(form, "form", _TREATED)
     need(x is None or form == "svd", "x", "None for a form of convolutions", "examples")

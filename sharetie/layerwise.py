@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .criteria import _eager, _fitting
 from .embeddings import ScaledEmbedding
-from .errors import need, one_of, real, tensor, whole
+from .errors import need, one_of, real, shown, tensor, whole
 from .finding import module_paths, places
 from .masks import Mask, _best, _by_pattern, _part, _read_pattern, _seen, _warn_empty, _weights, mask_
 from .scores import _leaves, _mode
@@ -285,6 +285,11 @@ class Calibration(NamedTuple):
 
 def _input(args, kwargs): return args[0] if args else kwargs["input"]
 
+
+def _treatable(fine, name, expected, got):
+    "Raise for a weight that cannot be pruned by what its layers read, and say what to do."
+    if not fine: raise ValueError(f"{name}: {expected} is expected, got {shown(got)}; name other weights")
+
 # %% ../nbs/40_layerwise.ipynb #d3e96a17
 class _Layer:
     "A layer that uses a weight; the mean of its inputs, and sums of products around it."
@@ -293,10 +298,10 @@ class _Layer:
         kinds = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding, ScaledEmbedding
         words = "a weight of linear layers, embeddings and convolutions without groups and with zeros as padding"
         own = type(module).forward in [kind.forward for kind in kinds]  # or who knows what it makes of its weight
-        need(isinstance(module, kinds) and own, name, words, type(module))
+        _treatable(isinstance(module, kinds) and own, name, words, type(module))
         if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-            need(module.groups == 1 and module.padding_mode == "zeros", name, words, module)
-        need(getattr(module, "max_norm", None) is None, name, "an embedding without max_norm", module)
+            _treatable(module.groups == 1 and module.padding_mode == "zeros", name, words, module)
+        _treatable(getattr(module, "max_norm", None) is None, name, "an embedding without max_norm", module)
         self.around = self.mean = self.counts = None
         self.n = 0
 
@@ -350,7 +355,9 @@ class _Outside(TorchFunctionMode):
         for used in (a for a in _leaves([args, kwargs]) if id(a) in self.names):
             name = self.names[id(used)]
             if not self.inside[name] and any(isinstance(o, Tensor) and o is not used for o in _leaves(out)):
-                raise ValueError(f"{name}: a weight that layers alone use is expected, the model uses it elsewhere")
+                where = "" if func.__name__.startswith("_") else f", in {func.__name__}"
+                raise ValueError(f"{name}: a weight that layers alone use is expected, the model uses it elsewhere{where}; "
+                                 "name other weights")
         return out
 
     def watch(self, name, module):
@@ -365,9 +372,9 @@ def _layers_of(model, weight):
     found, modules = {}, dict(module_paths(model))
     for place, name in zip(weight.places, weight.names):
         mapped = isinstance(place.owner, ParametrizationList) and not isinstance(place.owner[0], Mask)
-        need(not mapped, name, "a weight whose inputs meet one axis of it", "one that is used through a map as well")
+        _treatable(not mapped, name, "a weight whose inputs meet one axis of it", "one that is used through a map as well")
         path, _, attribute = name.rpartition(".")
-        need(attribute == "weight", name, "the weight of a layer", name)
+        _treatable(attribute == "weight", name, "the weight of a layer", name)
         found.setdefault(id(modules[path]), _Layer(name, modules[path]))
     return list(found.values())
 
@@ -418,7 +425,7 @@ def _holders(model):
 def _calibration(name, layers, p, holders):
     "Sums of all layers of a weight, per example."
     seen, groups, means = [layer for layer in layers if layer.n], {}, []
-    need(seen, name, "a weight that the model multiplies with inputs", "one that it looks up or does not use")
+    _treatable(seen, name, "a weight that the model multiplies with inputs", "one that it looks up or does not use")
     for layer in seen:
         bias = layer.module.bias
         own = {id(other.module) for other in seen if other.module.bias is bias}

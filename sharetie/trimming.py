@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .criteria import _eager, _fitting
 from .errors import need, real, tensor, warn, whole
-from .layerwise import _Outside, _check_inputs, _check_mask, _holders, _input, _layers_of
+from .layerwise import _Outside, _check_inputs, _check_mask, _holders, _input, _layers_of, _treatable
 from .masks import _seen, _warn_empty, _weights, mask_
 from .scores import _leaves, _mode
 
@@ -140,10 +140,10 @@ def _linear(model, weight):
     "The one linear layer of a weight."
     layers = _layers_of(model, weight)
     fine = len(layers) == 1 and isinstance(layers[0].module, nn.Linear)
-    need(fine, weight.name, "the weight of one linear layer", [layer.module for layer in layers])
+    _treatable(fine, weight.name, "the weight of one linear layer", [layer.module for layer in layers])
     bias = layers[0].module.bias
     own = bias is None or isinstance(bias, nn.Parameter) and len(_holders(model)[id(bias)]) == 1
-    need(own, weight.name, "a layer whose bias is its own, and not masked,", layers[0].module)
+    _treatable(own, weight.name, "a layer whose bias is its own, and not masked,", layers[0].module)
     return layers[0].module
 
 
@@ -221,7 +221,7 @@ def _in_order(model, weights, modules, x, batch_size):
             for part in x.split(batch_size): model(part)
     finally:
         for hook in hooks: hook.remove()
-    for name in modules: need(name in order, name, "a layer that the model calls", "one that it does not")
+    for name in modules: _treatable(name in order, name, "a layer that the model calls", "one that it does not")
     return list(order)
 
 

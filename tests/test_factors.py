@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sharetie.binding import keep_ties
@@ -11,13 +12,14 @@ from sharetie.census import census
 from sharetie.checking import check_ties
 from sharetie.factors import factored_layers, factorize_, share_basis_
 from sharetie.finding import find_ties
+from sharetie.layerwise import layerwise_
 from sharetie.making import declared_ties, tie_
 from sharetie.masks import magnitude, prune_
 from sharetie.products import Factored, FactoredTable, matrix_factors
 from sharetie.results import set_seed
 from sharetie.saving import load_model, save_model
 from sharetie.transformer import CharacterModel
-from tied import TIED_LAYERS, Reused, Speaker, autoencoder
+from tied import TIED_LAYERS, Reused, Speaker, autoencoder, functional
 
 
 def held(model):
@@ -341,7 +343,7 @@ def test_bad_input_is_refused_and_nothing_changes(name):
 
 OTHER = {
     "nan": (lambda m: m[0].weight.data.fill_(torch.nan), "0.weight: finite numbers are expected"),
-    "masked": (lambda m: prune_(m, {"0.weight": torch.rand(6, 6)}, .5), "got '0.weight', computed by Mask"),
+    "masked": (lambda m: prune_(m, {"0.weight": torch.rand(6, 6)}, .5), "got '0.weight', computed by Mask; make_permanent_(model) first, or name other weights"),
     "normed": (lambda m: nn.utils.parametrizations.weight_norm(m[0]), "computed by _WeightNorm"),
     "view": (lambda m: setattr(m[1], "weight", nn.Parameter(m[0].weight.detach())), "several tensors over one memory"),
     "elsewhere": (lambda m: setattr(m[2], "weight", nn.Parameter(torch.ones(6, 6))) or setattr(m[2], "extra", m[0].weight), "used by LayerNorm"),
@@ -367,10 +369,10 @@ def test_examples_have_to_reach_a_layer_and_to_go_one_way():
             super().__init__()
             self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
         def forward(self, x): return self.a(x)
-    with pytest.raises(ValueError, match="examples that reach 'b'"): factorize_(Branch(), rank=2, x=torch.ones(3, 4))
+    with pytest.raises(ValueError, match="examples that reach 'b' are expected; name other layers"): factorize_(Branch(), rank=2, x=torch.ones(3, 4))
     with pytest.raises(ValueError, match="x: examples that the model takes"): factorize_(Branch(), rank=2, x=torch.ones(3, 5))
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(ValueError, match="'self_attn.out_proj' by a call of its layer are expected; nn.MultiheadAttention"):
+    with pytest.raises(ValueError, match="self_attn.out_proj: .*elsewhere, in multi_head_attention_forward; name other weights"):
         factorize_(encoder, rank=2, x=torch.randn(3, 5, 8))
     model = autoencoder()
     with pytest.raises(ValueError, match="x: None for '0', which is used as its transpose, too,"): factorize_(model, rank=2, x=torch.ones(3, 6))
@@ -379,6 +381,17 @@ def test_examples_have_to_reach_a_layer_and_to_go_one_way():
     broken[0].bias.data.fill_(torch.inf)
     with pytest.raises(ValueError, match="what '1' sees of x: finite numbers"): factorize_(broken, rank=2, x=torch.ones(3, 4))
     assert not any(m._forward_hooks for m in broken.modules())
+
+
+@pytest.mark.parametrize("read", [lambda x, w: F.linear(x, w), lambda x, w: x @ w.T, lambda x, w: w[:, 0] + x[:, :4]])
+@pytest.mark.parametrize("call", [lambda m, x: factorize_(m, rank=2, x=x), lambda m, x: share_basis_(m, ["a", "b"], rank=2, x=x),
+                                  lambda m, x: layerwise_(m, x, .5)])
+def test_uses_of_a_weight_outside_of_its_layer_are_refused_with_examples(read, call):
+    model, x = functional(lambda m, x: m.b(m.a(x)) + read(x, m.b.weight), a=nn.Linear(4, 4), b=nn.Linear(4, 4)), torch.randn(9, 4)
+    before, modules = copy.deepcopy(model.state_dict()), [*model.modules()]
+    with pytest.raises(ValueError, match="^b.*: a weight that layers alone use is expected, the model uses it elsewhere.*; name other weights"): call(model, x)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items()) and [*model.modules()] == modules
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 def test_a_table_of_nothing():

@@ -258,12 +258,19 @@ def test_what_a_layer_cannot_see_is_refused():
 
         def forward(self, x): return x @ self.weight.T
 
+    class Placed(Bare):
+        def __init__(self):
+            super().__init__()
+            self.table = self.weight
+            del self.weight
+
     x = torch.rand(9, 5)
     pruned = prune_(Coder(), {"encoder.weight": torch.rand(3, 5)}, .2)
     for model, words in ((autoencoder(5, 3), "used through a map"), (Coder(), "uses it elsewhere"), (pruned, "uses it elsewhere"), (Bare(), "layers|linear layers"),
-                         (nn.Bilinear(5, 5, 2), "linear layers"), (nn.Embedding(9, 3), "multiplies with inputs")):
+                         (nn.Bilinear(5, 5, 2), "linear layers"), (nn.Embedding(9, 3), "multiplies with inputs"), (Placed(), "^table: the weight of a layer"),
+                         (nn.TransformerEncoderLayer(5, 1, 6), "self_attn.in_proj_weight: the weight of a layer|out_proj.weight: .* in multi_head_attention_forward")):
         before = [p.clone() for p in model.parameters()]
-        with pytest.raises(ValueError, match=words): layerwise_(model, torch.arange(9) if isinstance(model, nn.Embedding) else x, .5)
+        with pytest.raises(ValueError, match=f"(?:{words}).*; name other weights$"): layerwise_(model, torch.arange(9) if isinstance(model, nn.Embedding) else x, .5)
         assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
         assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 

@@ -390,7 +390,7 @@ def test_bad_input_is_refused_and_nothing_changes(name, call):
 
 @pytest.mark.parametrize("call", [quantize_, prepare_])
 @pytest.mark.parametrize("change, message", [
-    (lambda m: m[1].weight.data.fill_(math.inf), "1.weight: finite numbers are expected"), (lambda m: prune_(m, {"0.weight": torch.rand(6, 6)}, .5), "got '0.weight', computed by Mask"),
+    (lambda m: m[1].weight.data.fill_(math.inf), "1.weight: finite numbers are expected"), (lambda m: prune_(m, {"0.weight": torch.rand(6, 6)}, .5), "got '0.weight', computed by Mask; make_permanent_(model) first, or name other weights"),
     (lambda m: prepare_(m, 8), "computed by FakeQuantize"), (lambda m: setattr(m[1], "weight", nn.Parameter(m[0].weight.detach())), "several tensors over one memory"),
     (lambda m: setattr(m[2], "extra", m[0].weight), "used by LayerNorm")])
 def test_weights_that_cannot_be_codes_are_refused(call, change, message):
