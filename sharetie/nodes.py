@@ -54,13 +54,18 @@ def _layers(graph, layers):
             if why: raise ValueError(f"layers: {name!r} cannot be pruned because of {why}")
     return layers
 
-# %% ../nbs/40_nodes.ipynb #cdcb9923
+# %% ../nbs/40_nodes.ipynb #32910266
 def _batches(data, n, batch_size):
     "The first axis of all tensors in data, n long, some at a time."
     size = n if batch_size is None else whole(batch_size, "batch_size", 1)
     return [tree_map(lambda t: t[i:i + size], data) for i in range(0, n, size)]
 
 
+def _wide(t):
+    "A tensor of floating point numbers with at least 32 bits; all else as it is."
+    return t.to(torch.promote_types(t.dtype, torch.float32)) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+# %% ../nbs/40_nodes.ipynb #cdcb9923
 class Probe:
     "A model whose units have gains, on the data that they are judged by."
     def __init__(self,
@@ -100,7 +105,11 @@ class Probe:
         finally:
             for hook in hooks: hook.remove()
 
-    def _loss(self, x, y): return _number(self.loss(self.model(x), y))
+    def _loss(self, x, y):
+        "The loss, in at least 32 bits where it can be: differences of losses in half precision are few numbers."
+        given = self.model(x), y
+        try: return _number(self.loss(*tree_map(_wide, given)))
+        except RuntimeError: return _number(self.loss(*given))  # one that has tensors of its own, in half precision
 
     def left(self) -> list[int]:
         "The places among the gains of the units that are not gone."
@@ -140,7 +149,7 @@ def _taylor(order, model, data, loss, layers, without, batch_size):
     "The first or the first two terms of the loss's series in each gain."
     probe = Probe(model, data, loss, layers, without, batch_size)
     plain = sdpa_kernel(SDPBackend.MATH) if order == 2 else contextlib.nullcontext()  # fused attention has one derivative
-    total = torch.zeros_like(probe.start)
+    total = torch.zeros_like(_wide(probe.start))
     with plain_forward(model), torch.enable_grad(), plain:
         _check_mean(model, probe.parts, loss)
         for part in probe.parts:
@@ -149,7 +158,7 @@ def _taylor(order, model, data, loss, layers, without, batch_size):
             bend = torch.zeros_like(slope)
             if order == 2 and slope.requires_grad:
                 for k in probe.left(): bend[k] = _bend(slope, gains, k)
-            total += (bend / 2 - slope).detach()
+            total += (_wide(bend) / 2 - _wide(slope)).detach()
     return probe.scores(total)
 
 

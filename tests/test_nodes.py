@@ -487,3 +487,23 @@ def test_losses_of_outputs_of_any_form_and_in_half_precision():
         half, own = mlp().to(dtype), tuple(t.to(dtype) for t in data)
         assert brute_force(half, own, F.mse_loss, batch_size=1)["0"].isfinite().all()
         with pytest.raises(ValueError, match="loss: a mean"): brute_force(half, own, total, batch_size=1)
+
+
+@pytest.mark.parametrize("criterion", ["brute_force", "taylor1", "taylor2"])
+def test_scores_in_half_precision_are_no_few_numbers(criterion):
+    "The loss is taken in 32 bits, and what batches give is added in them."
+    set_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(9, 24), nn.Tanh(), nn.Linear(24, 3)), torch.randn(200, 9), torch.randint(3, (200,))
+    model, x = model.bfloat16().float(), x.bfloat16().float()
+    wanted, half = CRITERIA[criterion](model, (x, y), F.cross_entropy)["0"], copy.deepcopy(model).bfloat16()
+    for size in (None, 1):
+        got = CRITERIA[criterion](half, (x.bfloat16(), y), F.cross_entropy, batch_size=size)["0"]
+        assert got.dtype == torch.float32 and len(got.unique()) == 24
+        torch.testing.assert_close(got, wanted, rtol=.1, atol=2e-3)
+
+
+def test_a_loss_of_half_precision_is_taken_as_it_is():
+    set_seed(0)
+    model, x, weight = nn.Sequential(nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)).bfloat16(), torch.randn(20, 9).bfloat16(), torch.ones(3).bfloat16()
+    def loss(output, y): return F.cross_entropy(output, y, weight)
+    assert brute_force(model, (x, torch.randint(3, (20,))), loss)["0"].dtype == torch.bfloat16
