@@ -233,6 +233,8 @@ def _squared(func, name, args, kwargs):
         return _Mean.apply(lambda x: func(x, *args[1:], **kwargs), args[0], share)
     if name in _PRODUCTS: return _product(func, name, args, kwargs)
     if name == "batch_norm": return _normed(args, kwargs)
+    if name == "glu": return _gated(func, *args, **kwargs)
+    if name == "interpolate" and _nearest(*args, **kwargs): return out
     raise ValueError(f"model: {name} mixes entries in a way whose curvature one backward pass cannot follow; "
                      "obd(…, cross=True) needs no rule for it, and prune_ takes its scores")
 
@@ -259,6 +261,14 @@ def _product(func, name, args, kwargs):
     bias = options.pop("bias", rest.pop(0) if rest else None)
     out = _Product.apply(lambda a, b: func(a, b, None, *rest, **options), a, b)
     return out if bias is None else out + bias.view(-1, *[1] * (b.ndim - 2))
+
+
+def _gated(func, input, dim=-1):
+    "A gated linear unit, of two halves."
+    return _Each.apply(lambda a, b: func(torch.cat([a, b], dim), dim), *input.chunk(2, dim))
+
+
+def _nearest(input, size=None, scale_factor=None, mode="nearest", *rest, **options): return mode.startswith("nearest")
 
 # %% ../nbs/40_criteria.ipynb #2fce9be6
 def _share(func, name, args, kwargs, out):

@@ -206,6 +206,8 @@ BAD = {
     "sum of parts": (lambda: taylor(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum(), batch_size=1), ValueError, "loss: a mean over examples"),
     "sum": (lambda: obd(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum()), ValueError, "a mean over examples"),
     "batch": (lambda: obd(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), GOOD, F.mse_loss), ValueError, "layer_norm mixes entries"),
+    "between": (lambda: obd(nn.Sequential(nn.Conv1d(1, 1, 1), nn.Upsample(scale_factor=2, mode="linear")), (torch.rand(4, 1, 3), torch.rand(4, 1, 6)), F.mse_loss),
+                ValueError, "interpolate mixes entries"),
     "names": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, names="wieght"), ValueError, "matches none"),
     "batch size": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, cross=True, batch_size=0), ValueError, "batch_size"),
     "batch size, one pass": (lambda: obd(nn.Linear(3, 2), GOOD, F.mse_loss, batch_size=0), ValueError, "batch_size"),
@@ -425,10 +427,12 @@ RULES = ENTRIES | PAIRS | {
     "avg_pool2d": [(lambda x, o=o: F.avg_pool2d(x, **o), (normal(2, 5, 6),)) for o in (dict(kernel_size=2), dict(kernel_size=(3, 2), stride=(2, 1), padding=1), dict(kernel_size=3, stride=2, padding=1, ceil_mode=True, count_include_pad=False), dict(kernel_size=2, divisor_override=-3))],
     "avg_pool3d": [(lambda x: F.avg_pool3d(x, 2, 1, 1, True, False), (normal(1, 1, 3, 3, 3),)), (lambda x: F.avg_pool3d(x, (2, 1, 2), divisor_override=5), (normal(1, 1, 4, 3, 4),))],
     "adaptive_avg_pool1d": [(lambda x: F.adaptive_avg_pool1d(x, 4), (normal(1, 2, 6),))], "adaptive_avg_pool2d": [(lambda x: F.adaptive_avg_pool2d(x, (4, 3)), (normal(1, 2, 6, 10),))], "adaptive_avg_pool3d": [(lambda x: F.adaptive_avg_pool3d(x, 2), (normal(1, 1, 3, 4, 5),))],
-    "batch_norm": [(lambda x, w, b: F.batch_norm(x, torch.arange(3.).double(), torch.arange(1., 4).double(), w, b), (normal(4, 3), normal(3), normal(3)))]}
+    "batch_norm": [(lambda x, w, b: F.batch_norm(x, torch.arange(3.).double(), torch.arange(1., 4).double(), w, b), (normal(4, 3), normal(3), normal(3)))],
+    "glu": [(F.glu, (normal(3, 4),)), (lambda x: F.glu(x, dim=0), (normal(4, 3),)), (lambda x: nn.GLU(1)(x), (normal(2, 6, 2),))],
+    "interpolate": [(lambda x, o=o: F.interpolate(x, **o), (normal(2, 3, 4, 5),)) for o in (dict(scale_factor=2), dict(size=(7, 2), mode="nearest"), dict(size=6, mode="nearest-exact"))]}
 
 
-def test_every_rule_is_tried(): assert set(RULES) == _EACH | _PRODUCTS | _MEANS | _MOVES | {"batch_norm"}
+def test_every_rule_is_tried(): assert set(RULES) == _EACH | _PRODUCTS | _MEANS | _MOVES | {"batch_norm", "glu", "interpolate"}
 
 
 @pytest.mark.parametrize("name", RULES)
