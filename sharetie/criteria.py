@@ -68,7 +68,7 @@ def _number(value):
 
 def _one_number(value):
     "A loss, if it is one finite number."
-    need(bool(_number(value).isfinite()), "data", "examples at which the loss is finite", value.item())
+    need(bool(_number(value).isfinite()), "data", "a finite loss at all examples", value.item())
     return value
 
 
@@ -312,11 +312,11 @@ def _of_one(z, y, loss):
     "Outputs and targets, and the loss as a function of one example's."
     exact = torch.promote_types(z.dtype, torch.float32)  # eigenvalues of half precision there are none
     z, y = z.to(exact), y.to(exact) if y.is_floating_point() else y
-    need(bool(z.isfinite().all()), "data", "examples at which outputs are finite", "some that are NaN or infinite")
+    need(bool(z.isfinite().all()), "data", "a finite output at all examples", "some that are NaN or infinite")
     def one(z, y): return loss(z[None], y[None])
     with _followed(): each = vmap(one)(z, y)
     need(each.ndim == 1, "loss", "a function to one number", f"{tuple(each.shape[1:])} for each example")
-    need(bool(each.isfinite().all()), "data", "examples each of which has a finite loss, and so a label,", each)
+    need(bool(each.isfinite().all()), "data", "a finite loss, and so a label, at each example", each)
     fine = torch.isclose(each.mean(), loss(z, y), rtol=1e-3, atol=1e-6)
     need(bool(fine), "loss", "a mean over examples", f"{loss(z, y):.4g} for examples of {each.mean():.4g} on average")
     return z, y, one
@@ -460,7 +460,7 @@ def rewind_(
     first = {name: weight.name for weight in weights.values() for name in weight.names}
     given = {}
     for name, value in values.items():
-        need(name in first, "values", f"names of weights such as {next(iter(first), None)!r}", name)
+        need(name in first, "values", f"the name of a weight such as {next(iter(first), None)!r}", name)
         tensor(value, f"values[{name!r}]", shape=tuple(weights[first[name]].tensor.shape), finite=True)
         one = torch.equal(given.setdefault(first[name], value), value)
         need(one, "values", f"one value for {first[name]!r}, which has several names,", name)

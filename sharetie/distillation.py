@@ -42,7 +42,7 @@ def soft_loss(
 def _check_scores(student, teacher):
     "Raise unless both are scores of the same shape."
     tensor(student, "student", floating=True, filled=True)
-    need(student.ndim, "student", "scores along a last axis", tuple(student.shape))
+    need(student.ndim, "student", "a last axis of scores", tuple(student.shape))
     tensor(teacher, "teacher", floating=True, shape=tuple(student.shape))
 
 # %% ../nbs/41_distillation.ipynb #1277307a
@@ -78,7 +78,7 @@ def teach(
     need(pair, "data", "(x, y), or (x, None)", type(data), TypeError)
     x, y = data
     n = {tensor(leaf, "data", filled=True).shape[:1] for part in (x, y, view) if part is not None for leaf in _leaves(part)}
-    need(len(n) == 1, "data", "as many examples in all parts", sorted(map(tuple, n)))
+    need(len(n) == 1, "data", "an equal number of examples in all parts", sorted(map(tuple, n)))
     if batch_size is not None: whole(batch_size, "batch_size", 1)
     scores = _answers(teacher, x, batch_size)
     if y is None: y = torch.full(scores.shape[:-1], -100, device=scores.device)
@@ -167,7 +167,7 @@ def attention_loss(
 
     Raises TypeError or ValueError as `attention_map`, and for other positions. Source: as of `attention_map`."""
     a, b = attention_map(student), attention_map(teacher.detach())
-    need(a.shape == b.shape, "teacher", f"features at {a.shape[1]} positions of {len(a)} examples", tuple(teacher.shape))
+    need(a.shape == b.shape, "teacher", f"a width at {a.shape[1]} positions of {len(a)} examples", tuple(teacher.shape))
     return .5 * (a - b).square().sum(1).mean()
 
 # %% ../nbs/41_distillation.ipynb #b7915ff4
@@ -235,11 +235,11 @@ class _Lessons(nn.Module):
 def _pairs(match, student, teacher):
     "The names that are matched, each of a module."
     fine = isinstance(match, Iterable) and not isinstance(match, str)
-    need(fine, "match", "pairs of names", match, TypeError)
+    need(fine, "match", "a list of pairs of names", match, TypeError)
     match = list(match.items() if isinstance(match, Mapping) else match)
     for pair in match:
         fine = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(name, str) for name in pair)
-        need(fine, "match", "pairs of names", pair, TypeError)
+        need(fine, "match", "a pair of names", pair, TypeError)
     def named(model, name): return match_names([n for n, _ in module_paths(model) if n], name, "match", one=True)[0]
     return [(named(student, a), named(teacher, b)) for a, b in match]
 

@@ -87,7 +87,7 @@ def _weights(model, names, kinds, grouped=False):
         found.append(_Weight(name.removesuffix(".weight"), t, uses))
     seen = {use.layer for w in found for use in w.uses}
     lost = [type(layer).__name__ for layer in layers - seen]
-    need(not lost, "names", "layers whose weight is a Parameter", lost)
+    need(not lost, "names", "a layer whose weight is a Parameter", lost)
     return found
 
 
@@ -325,9 +325,9 @@ def share_basis_(
     than two weights, and for layers that read different widths. Source: Wang et al. 2025."""
     weights = _weights(model, names, (*_LINEAR, *_TABLES))
     _changeable(model), no_views(model, "share_basis_")
-    need(len(weights) > 1, "names", "at least two weights", [w.name for w in weights])
+    need(len(weights) > 1, "names", "more than one weight", [w.name for w in weights])
     kinds = {(w.tensor.shape[1], w.tensor.dtype, w.tensor.device) for w in weights}
-    need(len(kinds) == 1, "names", "layers that read one width, of one type and device", [w.name for w in weights])
+    need(len(kinds) == 1, "names", "one width, type and device for all layers", [w.name for w in weights])
     stack = torch.cat([w.tensor.detach() for w in weights])
     moments, means = _moments(model, weights, x)
     seen = [m for m in moments if m is not None]

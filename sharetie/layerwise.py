@@ -410,7 +410,7 @@ def calibrate(
 # %% ../nbs/40_layerwise.ipynb #b4938a01
 def _check_inputs(x, batch_size):
     tensor(x, "x", filled=True)
-    need(x.ndim > 0, "x", "examples along the first axis", x)
+    need(x.ndim > 0, "x", "a first axis of examples", x)
     if x.is_floating_point(): tensor(x, "x", finite=True)
     whole(batch_size, "batch_size", 1)
 
@@ -513,7 +513,7 @@ def _prune_one(weight, seen, sparsity, pattern, method, damp, block):
     known = None if weight.mask is None else weight.mask.mask.flatten(1)[:, order]
     counts = old.new_zeros(len(old)) if seen.counts is None else seen.counts.to(old.dtype)
     wanted, got = ("differ between examples", "equal ones") if seen.means else ("are not all 0", "zeros")
-    need(bool(hessian.any() or counts.any()), "x", f"examples at which the inputs of {weight.name!r} {wanted}", got)
+    need(bool(hessian.any() or counts.any()), "x", f"a set of examples at which the inputs of {weight.name!r} {wanted}", got)
     new, mask = prune_rows(old, hessian, sparsity, pattern, method, known, damp, block,
                            None if seen.counts is None else counts)
     change, back = old - new, order.argsort()

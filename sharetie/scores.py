@@ -64,7 +64,7 @@ def _check_data(name, data, expected="(x, y), a Split or a DataLoader"):
         need(leaf.ndim, name, "a tensor with examples along its first axis", leaf)
         need(not leaf.is_meta, name, "a tensor with values", leaf)
     x, y = ([len(leaf) for leaf in _leaves(part)] for part in data)
-    need(x and len({*x, *y}) == 1, name, "as many examples of x as of y", (x, y))
+    need(x and len({*x, *y}) == 1, name, "an equal number of examples in x and y", (x, y))
     need(x[0], name, "at least one example", x[0])
 
 def _check_metrics(metrics):

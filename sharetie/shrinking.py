@@ -23,7 +23,7 @@ def _indices(value, argument, n):
     "Whole numbers below n, each once, from a list, a tensor, or a mask of n."
     if isinstance(value, (Tensor, np.ndarray)): value = value.tolist()
     fine = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
-    need(fine, argument, "indices of units", value, TypeError)
+    need(fine, argument, "a list of units' indices", value, TypeError)
     value = list(value)
     if value and all(isinstance(v, bool) for v in value):
         need(len(value) == n, argument, f"a mask of {n} units", len(value))

@@ -88,7 +88,7 @@ def _inverse_of(model, data, loss, flat, alpha, chunk):
     for part in zip(x.split(chunk), y.split(chunk)):
         rows = curvature_rows(model, part, loss, [w.name for w in flat.weights]).double().flatten(0, 1)
         fine = bool(rows.isfinite().all())
-        need(fine, "data", "examples at which all derivatives are finite", "some that are NaN or infinite")
+        need(fine, "data", "a finite derivative at all examples", "some that are NaN or infinite")
         _with_rows(inverse, rows * flat.left, len(x))
     return inverse
 

@@ -201,7 +201,7 @@ BAD = {
     "no module": (lambda: taylor(3, GOOD, F.mse_loss), TypeError, "model: a module"),
     "no pair": (lambda: obd(nn.Linear(3, 2), GOOD[0], F.mse_loss), TypeError, "data: a pair"),
     "no examples": (lambda: obd(nn.Linear(3, 2), (torch.rand(0, 3), torch.rand(0, 2)), F.mse_loss), ValueError, "at least one example"),
-    "lengths": (lambda: taylor(nn.Linear(3, 2), (GOOD[0], GOOD[1][:2]), F.mse_loss), ValueError, "as many examples"),
+    "lengths": (lambda: taylor(nn.Linear(3, 2), (GOOD[0], GOOD[1][:2]), F.mse_loss), ValueError, "an equal number of examples"),
     "no loss": (lambda: taylor(nn.Linear(3, 2), GOOD, 3), TypeError, "loss: a function"),
     "sum of parts": (lambda: taylor(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum(), batch_size=1), ValueError, "loss: a mean over examples"),
     "sum": (lambda: obd(nn.Linear(3, 2), GOOD, lambda z, y: (z - y).square().sum()), ValueError, "a mean over examples"),
@@ -223,7 +223,7 @@ BAD = {
     "no curvature": (lambda: obd(Detached(3, 2), GOOD, F.mse_loss), ValueError, "names: a weight on which the outputs depend"),
     "rewind two": (lambda: rewind_(Speaker(words=7, width=4), {"table.weight": torch.ones(7, 4), "head.weight": torch.zeros(7, 4)}), ValueError, "one value for 'table.weight', which has several names"),
     "rewind nothing": (lambda: rewind_(nn.Linear(3, 2), 3), TypeError, "values: a dictionary"),
-    "rewind elsewhere": (lambda: rewind_(nn.Linear(3, 2), {"wieght": GOOD[0]}), ValueError, "names of weights"),
+    "rewind elsewhere": (lambda: rewind_(nn.Linear(3, 2), {"wieght": GOOD[0]}), ValueError, "the name of a weight"),
     "rewind shape": (lambda: rewind_(nn.Linear(3, 2), {"weight": GOOD[0]}), ValueError, "a tensor of shape"),
     "rewind nan": (lambda: rewind_(nn.Linear(3, 2), {"weight": torch.full((2, 3), torch.nan)}), ValueError, "NaN"),
 }

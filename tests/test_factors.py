@@ -326,7 +326,7 @@ BAD = {
     "nan examples": (lambda m: factorize_(m, "0", rank=1, x=torch.full((1, 6), torch.nan)), ValueError, "x: finite numbers are expected"),
     "list of examples": (lambda m: factorize_(m, "0", rank=1, x=[1.]), TypeError, "x: a tensor is expected"),
     "examples of tucker": (lambda m: factorize_(m, "2", rank=1, form="tucker", x=torch.ones(1, 6)), ValueError, "x: None for a form of convolutions"),
-    "basis of one": (lambda m: share_basis_(m, "0", rank=1), ValueError, "names: at least two weights is expected, got ['0']"),
+    "basis of one": (lambda m: share_basis_(m, "0", rank=1), ValueError, "names: more than one weight is expected, got ['0']"),
     "basis of kinds": (lambda m: share_basis_(m, ["0", "2"], rank=1), ValueError, "got '2', which is Conv2d"),
 }
 
@@ -349,7 +349,7 @@ OTHER = {
     "elsewhere": (lambda m: setattr(m[2], "weight", nn.Parameter(torch.ones(6, 6))) or setattr(m[2], "extra", m[0].weight), "used by LayerNorm"),
     "meta": (lambda m: setattr(m[0], "weight", nn.Parameter(torch.empty(6, 6, device="meta"))), "a weight with values"),
     "lazy": (lambda m: m.append(nn.LazyLinear(3)), "call the model once first"),
-    "widths": (lambda m: m.append(nn.Linear(5, 5)), "layers that read one width"),
+    "widths": (lambda m: m.append(nn.Linear(5, 5)), "one width, type and device for all layers is expected"),
 }
 
 

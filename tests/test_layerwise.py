@@ -365,7 +365,7 @@ def test_a_convolution_is_pruned_along_its_channels_as_a_linear_layer_of_its_pat
 def test_a_dead_layer_is_named():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     model[0].bias.data.fill_(-100)
-    with pytest.raises(ValueError, match="x: examples at which the inputs of '2.weight' differ"): layerwise_(model, torch.rand(5, 3), .5)
+    with pytest.raises(ValueError, match="x: a set of examples at which the inputs of '2.weight' differ"): layerwise_(model, torch.rand(5, 3), .5)
 
 
 def test_half_precision_is_pruned_in_single():
@@ -386,7 +386,7 @@ NET = {"sparsity 1": (dict(sparsity=1.), ValueError, "below 1"), "none": (dict()
        "a bias": (dict(sparsity=.5, names="*"), ValueError, "0.bias: a weight with rows and columns"), "a pattern of a bias": (dict(pattern="2:4", names="2*"), ValueError, "2.bias: a weight with rows"), "unknown": (dict(sparsity={"1.weight": .5}), ValueError, "one of '0.weight'"),
        "empty": (dict(sparsity=.5, x=torch.rand(0, 8)), ValueError, "at least one element"), "nan": (dict(sparsity=.5, x=torch.full((3, 8), torch.nan)), ValueError, "finite"),
        "shape": (dict(sparsity=.5, x=torch.rand(3, 7)), ValueError, "x: what the model can take"), "a number": (dict(sparsity=.5, x=torch.rand(3)), ValueError, "x: what the model can take"),
-       "zeros": (dict(sparsity=.5, x=torch.zeros(3, 8)), ValueError, "x: examples at which the inputs of '0.weight' differ"), "no tensor": (dict(sparsity=.5, x=3), TypeError, "x: a tensor")}
+       "zeros": (dict(sparsity=.5, x=torch.zeros(3, 8)), ValueError, "x: a set of examples at which the inputs of '0.weight' differ"), "no tensor": (dict(sparsity=.5, x=3), TypeError, "x: a tensor")}
 
 
 @pytest.mark.parametrize("name", NET)

@@ -253,7 +253,7 @@ class Counts(Written):
     (Written, {"aa": [0]}, ValueError, "'aa'; did you mean 'a'"), (Written, {"a": [4]}, ValueError, "from 0 to 3"),
     (Written, {"a": [-1]}, ValueError, "from 0 to 3"), (Written, {"a": [.5]}, TypeError, "a whole number"),
     (Written, {"a": [1, 1]}, ValueError, "each unit once"), (Written, {"a": [True, False]}, ValueError, "a mask of 4 units"),
-    (Written, {"a": 1}, TypeError, "indices of units"), (Written, ["a"], TypeError, "a dictionary of units"),
+    (Written, {"a": 1}, TypeError, "a list of units' indices"), (Written, ["a"], TypeError, "a dictionary of units"),
     (lambda: nn.Sequential(nn.LSTM(3, 4)), {"0.weight_hh_l0": [0]}, ValueError, "cannot be removed because of .* in '0'")])
 def test_refused_and_untouched(make, units, error, message):
     set_seed(0)
