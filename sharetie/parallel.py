@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .errors import need, real
 from .experts import Experts, _Combine, _Gather
 from .moe import MoE
-from .routing import Plan, Routing, _check_routing, _needed, _use, _variation
+from .routing import Plan, Routing, _check_routing, _computed_in, _needed, _use, _variation
 
 # %% ../nbs/32_parallel.ipynb #9d7d680b
 def _swap(x, send, receive, group):
@@ -103,6 +103,11 @@ class _Part(Experts):
             need(found in (whole, here), name, f"{whole} experts (or the {here} of a rank)", found)
             if found == whole: state[name] = state[name][self.mine]
         return super()._load_from_state_dict(state, prefix, *rest)
+
+    def computed_in(self, x):
+        "The dtype of the tokens, if the experts have all of its digits: FSDP2 casts the rest of a model only."
+        fine = x.is_floating_point() and torch.promote_types(x.dtype, self.w_in.dtype) == self.w_in.dtype
+        return _computed_in(x, x if fine else self.w_in, "tokens of {}, as the experts")
 
     def _ready(self, x):
         "Tokens in the type that the experts compute in."

@@ -225,6 +225,46 @@ def test_a_model_trains_on_two_processes_as_on_one(tmp_path, wrap):
         assert_close(state, {name: p.numpy() for name, p in net.state_dict().items()}, rtol=1e-3, atol=1e-5)
 
 
+def half_by_fsdp():
+    "Three steps of one process's model in bfloat16, its blocks wrapped one by one: losses, and the dtypes and values of the experts."
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    rank, (x, y), net, losses = dist.get_rank(), data(), Net(), []
+    parallel_experts_(net)
+    options = {"ignored_params": {*expert_parameters(net).values()}, "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+    for block in net.layers: fully_shard(block, **options)
+    model, optimizer = fully_shard(net, **options), torch.optim.SGD(net.parameters(), .1)
+    for _ in range(3):
+        out = model(x[rank::2])
+        loss = (out.float() - y[rank::2]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        dtypes = {out.dtype, *(part.computed_in(out) for part in net.modules() if isinstance(part, ParallelExperts))}
+        masters = {t.dtype for p in expert_parameters(net).values() for t in (p, p.grad)}
+        optimizer.step()
+        losses.append(loss.item())
+    try: net.layers[0].experts.computed_in(x.double())
+    except TypeError as error: said = str(error)
+    return losses, dtypes, masters, said, {name: p.detach().numpy() for name, p in expert_parameters(net).items()}
+
+
+def test_fsdp_computes_in_half_precision_while_experts_stay_in_single(tmp_path):
+    net, (x, y), expected = Net(), data(), []
+    optimizer = torch.optim.SGD(net.parameters(), .1)
+    for _ in range(3):
+        loss = (net(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(loss.item())
+    found = in_two_processes(half_by_fsdp, tmp_path)
+    np.testing.assert_allclose(np.mean([rank[0] for rank in found], 0), expected, rtol=2e-2)
+    for losses, dtypes, masters, said, values in found:
+        assert dtypes == {torch.bfloat16} and masters == {torch.float32}
+        assert said == "x: tokens of torch.float32, as the experts are, is expected, got torch.float64"
+    for name, value in found[0][4].items():
+        np.testing.assert_allclose(np.concatenate([value, found[1][4][name]]), net.get_parameter(name).detach().numpy(), atol=1e-2)
+
+
 # Sums over ranks
 
 LOSSES = {"load_balancing_loss": load_balancing_loss, "importance_loss": importance_loss, "router_z_loss": router_z_loss, "load_loss": load_loss}
