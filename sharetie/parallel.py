@@ -221,8 +221,9 @@ def clip_gradients_(
     if hasattr(square, "full_tensor"): square = square.full_tensor()
     for part in model.modules():
         if not isinstance(part, ParallelExperts): continue
-        own = sum(p.grad.float().square().sum() for p in part.parameters() if p.grad is not None)
-        own = torch.as_tensor(own, dtype=torch.float32, device=part.w_in.device)
+        dtype = torch.promote_types(part.w_in.dtype, torch.float32)
+        own = sum(p.grad.to(dtype).square().sum() for p in part.parameters() if p.grad is not None)
+        own = torch.as_tensor(own, dtype=dtype, device=part.w_in.device)
         dist.all_reduce(own, group=part.group)
         square = square + own
     norm = square.sqrt()
@@ -265,9 +266,8 @@ class Totals(NamedTuple):
 def _sums(routing):
     "The sums of a rank that have a gradient, by name."
     valid = routing.valid
-    chosen = routing.expert[:, None] == torch.arange(routing.num_experts, device=valid.device)
-    chosen = chosen & valid[routing.token][:, None]
-    found = {"weight": torch.where(chosen, routing.weight[:, None], 0).sum(0), "load": routing.load}
+    chosen = routing._replace(kept=valid[routing.token])
+    found = {"weight": chosen.table().sum(0), "load": routing.load}
     if routing.logits is not None:
         found["z"] = torch.where(valid, routing.logits.logsumexp(-1).square(), 0).sum()
     if routing.probs is not None:

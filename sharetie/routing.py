@@ -259,22 +259,34 @@ class Balanced(_Counting):
 
     def observe(self, counts): self.load += counts
 
-    @torch.no_grad()
     def update_(self, group=None):
         "Move the bias by what a process group saw since the last call: once per optimizer step."
-        if dist.is_available() and dist.is_initialized(): dist.all_reduce(self.load, group=group)
-        self.bias += self.rate * (self.load.mean() - self.load).sign()
-        self.load.zero_()
+        update_biases_(self, group)
 
 # %% ../nbs/30_routing.ipynb #0f6ad36c
+@torch.no_grad()
 def update_biases_(
     model: nn.Module,  # with routers of the class `Balanced`, or without
+    group=None,  # of the ranks that hold these routers, or a mesh of one axis; None: all processes
 ) -> int:  # how many there were
-    "Call `update_` of every router in a model that has one; raises TypeError for anything but a module."
+    """Move the bias of every router in a model that has one, by what all ranks of a group saw: one exchange.
+
+    Every rank of the group has to call it with as many routers. Raises TypeError for anything but a module."""
     need(isinstance(model, nn.Module), "model", "a module", model, TypeError)
     found = [part for part in model.modules() if isinstance(part, Balanced)]
-    for part in found: part.update_()
+    if found and dist.is_available() and dist.is_initialized(): _add_up_([part.load for part in found], group)
+    for part in found:
+        part.bias += part.rate * (part.load.mean() - part.load).sign()
+        part.load.zero_()
     return len(found)
+
+
+def _add_up_(parts, group):
+    "Add to each of several tensors what the other ranks have."
+    flat = torch.cat([part.to(parts[0].device) for part in parts])
+    dist.all_reduce(flat, group=group.get_group() if hasattr(group, "get_group") else group)
+    for part, whole in zip(parts, flat.split([len(part) for part in parts])): part.copy_(whole)
+
 
 # %% ../nbs/30_routing.ipynb #39b2a527
 class ExpertChoice(Router):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from processes import in_two_processes
@@ -327,6 +328,46 @@ def test_totals_without_other_processes():
     with pytest.raises(TypeError, match="routing: a Routing, such as the attribute of a MoE after a batch, is expected, got None"): totals(None)
 
 
+class Largest(TorchDispatchMode):
+    "The most numbers in any result."
+    most = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **kwargs or {})
+        self.most = max([self.most, *(t.numel() for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_totals_need_no_table_of_all_slots():
+    torch.manual_seed(0)
+    routing = TopK(DIM, 16, 8)(numbers(dtype=torch.float32))
+    with Largest() as seen: totals(routing).importance_loss().backward()
+    assert seen.most == TOKENS * 16
+
+
+def stages():
+    "Biases of two stages of a pipeline with different numbers of routers, and of all routers: how often ranks met, and the signs."
+    rank, met, reduce = dist.get_rank(), [], dist.all_reduce
+    groups = [dist.new_group([r]) for r in range(2)]
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    stage, model = (nn.ModuleList(Balanced(DIM, 2, 1) for _ in range(n)) for n in (1 + rank, 3))
+    def counted(x, **options): return met.append(len(x)) or reduce(x, **options)
+    dist.all_reduce, found = counted, []
+    try:
+        for routers, group in ((stage, groups[rank]), (model, None), (model, mesh)):
+            for i, router in enumerate(routers): router.observe(torch.tensor([4 * rank + i, 1 + i]))  # in sum more on the first, but on rank 0
+            update_biases_(routers, group)
+            found.append([(router.bias.sign().tolist(), router.load.sum().item()) for router in routers])
+    finally: dist.all_reduce = reduce
+    return met, found
+
+
+def test_biases_of_a_stage_are_moved_by_one_exchange_in_its_group(tmp_path):
+    first, second = in_two_processes(stages, tmp_path)
+    assert first == ([2, 6, 6], [[([1, -1], 0)], *[[([-1, 1], 0)] * 3] * 2])
+    assert second == ([4, 6, 6], [[([-1, 1], 0)] * 2, *[[([-1, 1], 0)] * 3] * 2])
+
+
 # Files
 
 def other_net(): return nn.Sequential(nn.Linear(DIM, DIM), MoE(DIM, HIDDEN, 4, 2, shared_experts=1, bias=True))
@@ -457,6 +498,8 @@ def test_bad_input(one_process):
     fit(layer, split, F.mse_loss, epochs=1, optimizer=rate, clip=lambda model: clip_gradients_(model, .01))
     moved = sum((p - old).square().sum() for p, old in zip(layer.parameters(), before)).sqrt()
     torch.testing.assert_close(moved.item(), .01, rtol=1e-3, atol=0)
+    norm = sum(p.grad.square().sum() for p in layer.parameters()).sqrt().item()
+    assert clip_gradients_(layer, 1.).item() == pytest.approx(norm, rel=1e-14)  # in double precision, as the model is
     layer.experts.size = 2
     with pytest.raises(ValueError, match="group: the size 2 that experts were divided for is expected, got 1"): layer(numbers())
     with pytest.raises(TypeError, match="model: a module is expected, got None"): average_copies_(None, None)
