@@ -78,6 +78,7 @@ class _Mixture(nn.Module):
             part = name.startswith("experts.") and saved.ndim > 0 and len(saved) == self.experts.num_experts
             fine = saved.shape[part:] == own.shape[part:]  # a rank takes its part of all experts
             need(fine, prefix + name, f"a tensor of shape {tuple(own.shape)}", tuple(saved.shape))
+        if getattr(self.experts, "divided", False): self.experts._check_part(state, prefix + "experts.")
         super()._load_from_state_dict(state, prefix, *others)
 
 # %% ../nbs/30_moe.ipynb #4d0354f3

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ParallelExperts', 'parallel_experts_', 'expert_parameters', 'data_parallel', 'average_copies_', 'clip_gradients_',
-           'Totals', 'totals', 'whole_model', 'sharded_state_dict']
+           'Totals', 'totals', 'whole_model', 'sharded_state_dict', 'sharded_optimizer_state_dict',
+           'load_sharded_optimizer_state_dict']
 
 # %% ../nbs/32_parallel.ipynb #6f140154
 from copy import deepcopy
@@ -71,9 +72,42 @@ def _ranks(group, num_experts):
     need(num_experts % size == 0, "group", f"a size that divides num_experts = {num_experts}", size)
     return size, rank
 
+# %% ../nbs/32_parallel.ipynb #daa4c1eb
+_RANGE = "_extra_state"  # PyTorch's name for what a state holds besides tensors of the model
+
+
+def _said(numbers):
+    "Which experts a state has, by three numbers: the first, the last, and of how many."
+    return "a part that does not say which" if numbers is None else "experts {} to {} of {}".format(*map(int, numbers))
+
+
+class _Saved(Experts):
+    "How a rank's part of experts is saved and loaded."
+    def _save_to_state_dict(self, state, prefix, keep_vars):
+        super()._save_to_state_dict(state, prefix, keep_vars)
+        if self.size > 1: state[prefix + _RANGE] = torch.tensor([self.mine.start, self.mine.stop - 1, self.num_experts])
+
+    def _check_part(self, state, prefix):
+        "Raise unless a state has all experts, or those of this rank."
+        whole, here = self.num_experts, self.mine.stop - self.mine.start
+        own, part = _said([self.mine.start, self.mine.stop - 1, whole]), _said(state.get(prefix + _RANGE))
+        for name in [prefix + name for name in _NAMES if prefix + name in state]:
+            found = len(state[name])
+            need(found in (whole, here), name, f"{whole} experts (or the {here} of a rank)", found)
+            need(found == whole or part == own, name, f"a state of all experts, or of {own},", part)
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        self._check_part(state, prefix)
+        state.pop(prefix + _RANGE, None)
+        for name in [prefix + name for name in _NAMES if prefix + name in state]:
+            if hasattr(state[name], "to_local"): state[name] = state[name].to_local()  # of `sharded_state_dict`
+            elif len(state[name]) == self.num_experts: state[name] = state[name][self.mine]
+        return super()._load_from_state_dict(state, prefix, *rest)
+
+
 # %% ../nbs/32_parallel.ipynb #2c0a185c
-class _Part(Experts):
-    "A rank's part of experts: how it is made, loaded and copied."
+class _Part(_Saved):
+    "A rank's part of experts: how it is made and copied, and what it computes in."
     divided = True  # over ranks: the norm of all gradients is not that of this rank's
     def __init__(self, whole, group, average):
         nn.Module.__init__(self)
@@ -95,14 +129,6 @@ class _Part(Experts):
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         new.__dict__.update(deepcopy(self.__dict__, memo))
         return new
-
-    def _load_from_state_dict(self, state, prefix, *rest):
-        whole, here = self.num_experts, self.mine.stop - self.mine.start
-        for name in [prefix + name for name in _NAMES if prefix + name in state]:
-            found = len(state[name])
-            need(found in (whole, here), name, f"{whole} experts (or the {here} of a rank)", found)
-            if found == whole: state[name] = state[name][self.mine]
-        return super()._load_from_state_dict(state, prefix, *rest)
 
     def computed_in(self, x):
         "The dtype of the tokens, if the experts have all of its digits: FSDP2 casts the rest of a model only."
@@ -341,14 +367,67 @@ def sharded_state_dict(
     model: nn.Module,  # with divided experts
 ) -> dict[str, Tensor]:  # divided experts as DTensors, which share the model's memory
     "A model's state for torch.distributed.checkpoint: saved by some ranks, loaded by any number."
-    from torch.distributed.tensor import DTensor, Shard
     need(isinstance(model, nn.Module), "model", "a module", model, TypeError)
     state = model.state_dict()
     for name, part in model.named_modules():
         if not isinstance(part, ParallelExperts): continue
-        group, device = part.group or dist.group.WORLD, part.w_in.device.type
-        mesh = dist.device_mesh.DeviceMesh.from_group(group, device)
-        for own in _NAMES:
-            key = f"{name}.{own}".lstrip(".")
-            if key in state: state[key] = DTensor.from_local(state[key], mesh, [Shard(0)])
+        for key in [f"{name}.{own}".lstrip(".") for own in _NAMES]:
+            if key in state: state[key] = _sharded(state[key], part)
+        state.pop(f"{name}.{_RANGE}".lstrip("."), None)
     return state
+
+
+def _sharded(rows, part):
+    "What belongs to a rank's part of experts, as its rows of one tensor: a DTensor in the same memory."
+    from torch.distributed.tensor import DTensor, Shard
+    mesh = dist.device_mesh.DeviceMesh.from_group(part.group or dist.group.WORLD, rows.device.type)
+    return DTensor.from_local(rows, mesh, [Shard(0)])
+
+# %% ../nbs/32_parallel.ipynb #0c72cbcf
+def sharded_optimizer_state_dict(
+    model: nn.Module,  # with divided experts
+    optimizer: torch.optim.Optimizer,  # of its parameters
+) -> dict:  # by the names of parameters; what belongs to divided experts as DTensors, in the optimizer's memory
+    """An optimizer's state for torch.distributed.checkpoint: saved by some ranks, loaded by any number.
+
+    Raises ValueError for an optimizer that keeps anything else of an expert than numbers for all ranks and rows."""
+    state, parts = _optimizer_state(model, optimizer)
+    for name, part in parts.items():
+        rows, found = getattr(part, name.rpartition(".")[2]), dict(state["state"].get(name, {}))
+        for key, value in found.items():
+            if not isinstance(value, Tensor) or value.ndim == 0: continue  # the same on all ranks
+            fine = value.ndim == rows.ndim and len(value) == len(rows)
+            need(fine, f"optimizer: {key} of {name}", f"one row for each of {len(rows)} experts", tuple(value.shape))
+            found[key] = _sharded(value, part)
+        if found: state["state"][name] = found
+    return state
+
+
+def load_sharded_optimizer_state_dict(
+    model: nn.Module,  # with divided experts
+    optimizer: torch.optim.Optimizer,  # of its parameters
+    state: dict,  # of `sharded_optimizer_state_dict`, into which a checkpoint was loaded
+):
+    "Put an optimizer into a state; raises TypeError for anything but a module and an optimizer."
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    local, (_, parts) = dict(state["state"]), _optimizer_state(model, optimizer)
+    for name in parts.keys() & local.keys():
+        local[name] = {key: v.to_local() if hasattr(v, "to_local") else v for key, v in local[name].items()}
+    set_optimizer_state_dict(model, optimizer, state | {"state": local})
+
+
+# %% ../nbs/32_parallel.ipynb #58ee9d6e
+def _optimizer_state(model, optimizer):
+    "An optimizer's state by the names of parameters, and the parts that those of divided experts belong to."
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    need(isinstance(model, nn.Module), "model", "a module", model, TypeError)
+    need(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "a torch optimizer", optimizer, TypeError)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [] if optimizer.state else [p.grad for p in params]
+    for p, _ in zip(params, kept): p.grad = None  # PyTorch begins a state only where there are no gradients
+    state = get_optimizer_state_dict(model, optimizer)
+    for p, grad in zip(params, kept): p.grad = grad
+    owner = {id(p): part for part in model.modules() if isinstance(part, ParallelExperts) for p in part.parameters()}
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    return state, {name: owner[id(p)] for name, p in zip(names, params, strict=True) if id(p) in owner}
+

@@ -277,9 +277,10 @@ def _apart(file, group):
 
 # %% ../nbs/02_saving.ipynb #bab08aea
 def _loads_itself(model):
-    "Has a model loading code that is neither PyTorch's nor ours, and may fail halfway?"
+    "Has a model loading code that may fail halfway: neither PyTorch's nor ours, or that of one rank's part?"
     def ours(code): return (getattr(code, "__module__", None) or "").startswith(("torch.nn.", "sharetie."))
     if not ours(type(model).load_state_dict): return True
+    if any(getattr(module, "divided", False) for module in model.modules()): return True
     return any(not ours(code) for module in model.modules() for code in (
         type(module)._load_from_state_dict, *module._load_state_dict_pre_hooks.values(),
         *module._load_state_dict_post_hooks.values()))

@@ -94,7 +94,8 @@ def _device(device, model):
 def _group(model):
     "The processes that train `model` together, or None."
     if isinstance(model, DistributedDataParallel): return model.process_group
-    return dist.group.WORLD if any(hasattr(p, "to_local") for p in model.parameters()) else None
+    parted = any(hasattr(p, "to_local") for p in model.parameters()) or any(hasattr(m, "divided") for m in model.modules())
+    return dist.group.WORLD if parted else None
 
 # %% ../nbs/01_scores.ipynb #1b307dc7
 def _scalar(name, value, device):

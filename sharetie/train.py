@@ -102,17 +102,25 @@ def _check_options(run):
         need("loss" not in run.metrics, "metrics", "another name than 'loss', which is taken,", "loss")
     _check_amp(run.amp)
     _check_clip(run)
+    _check_divided(run)
     for name in ("patience", "metrics"):
         fine = getattr(run, name) is None or run.valid is not None
         need(fine, name, "None without `valid`", getattr(run, name))
 
 def _check_clip(run):
-    "Raise unless `clip` clips the gradients of this model as a whole."
+    "Raise unless `clip` is a number above 0, or a function of the model."
     if callable(run.clip): return function(run.clip, "clip", ["model"])
     if run.clip is None: return
     run.clip = real(run.clip, "clip", above=0)
+
+def _check_divided(run):
+    "Raise where ranks with different parts of a model would each decide on a step by their own gradients."
     divided = [name for name, part in run.model.named_modules() if getattr(part, "divided", False)]
-    if divided: need(False, "clip", f"a function of the model that knows of all ranks' parts of {divided[0]!r}", run.clip)
+    if not divided: return
+    fine = run.clip is None or callable(run.clip)
+    need(fine, "clip", f"a function of the model that knows of all ranks' parts of {divided[0]!r}", run.clip)
+    fine = run.amp is not torch.float16  # the scaler skips a step where this rank's gradients overflow
+    need(fine, "amp", f"None or torch.bfloat16, for a step that all ranks with parts of {divided[0]!r} take,", run.amp)
 
 def _functions(f):
     "One function, several or None as a list."

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from processes import in_two_processes
 from sharetie.moe import MoE, merge_experts
-from sharetie.parallel import (ParallelExperts, average_copies_, clip_gradients_, data_parallel, expert_parameters, parallel_experts_, sharded_state_dict, totals,
-                               whole_model)
+from sharetie.parallel import (ParallelExperts, average_copies_, clip_gradients_, data_parallel, expert_parameters, load_sharded_optimizer_state_dict,
+                               parallel_experts_, sharded_optimizer_state_dict, sharded_state_dict, totals, whole_model)
 from sharetie.routing import Balanced, Hash, NoisyTopK, TopK, importance_loss, load_balancing_loss, load_loss, router_z_loss, statistics, update_biases_
 from sharetie.saving import load_model, save_model
 from sharetie.train import fit
@@ -411,6 +411,136 @@ def test_saved_by_one_loaded_by_two_and_back(tmp_path):
         np.testing.assert_allclose(net(numbers(dtype=torch.float32)).detach().numpy(), first, rtol=1e-5, atol=1e-6)
 
 
+def state_of_the_first(folder):
+    "What each rank says to the state of the first one's part, to that of its own and to one that does not say whose it is."
+    torch.manual_seed(dist.get_rank())
+    said, net = [], other_net()
+    parallel_experts_(net)
+    own = net.state_dict()
+    if dist.get_rank() == 0:
+        torch.save(own, folder / "first.pt")
+        save_model(net, folder / "first.safetensors")
+    dist.barrier()
+    net.load_state_dict(own)
+    net.load_state_dict(sharded_state_dict(net))
+    for load in (lambda: net.load_state_dict(torch.load(folder / "first.pt")), lambda: load_model(net, folder / "first.safetensors"),
+                 lambda: net.load_state_dict({name: p for name, p in own.items() if "_extra" not in name})):
+        before = [p.detach().clone() for p in net.parameters()]
+        try: load()
+        except ValueError as error: said.append(str(error))
+        assert not said or all(map(torch.equal, before[2:], net[1].parameters()))
+        assert not said or len(said) != 2 or torch.equal(before[0], net[0].weight)  # `load_model` changes all or nothing
+    return said
+
+
+def test_the_part_of_another_rank_is_refused(tmp_path):
+    first, second = in_two_processes(state_of_the_first, tmp_path, tmp_path)
+    asked = "1.experts.w_in: a state of all experts, or of experts {}, is expected, got '{}'"
+    unknown = "a part that does not say which"
+    assert first == [asked.format("0 to 1 of 4", unknown)]
+    assert second == [asked.format("2 to 3 of 4", "experts 0 to 1 of 4")] * 2 + [asked.format("2 to 3 of 4", unknown)]
+
+
+def with_adam(net):
+    "Two groups of parameters, the experts by themselves."
+    experts = [p for name, p in net.named_parameters() if "experts" in name]
+    rest = [p for name, p in net.named_parameters() if "experts" not in name]
+    return torch.optim.Adam([{"params": experts, "lr": .02}, {"params": rest}], .01, eps=1e-3)
+
+
+def steps(model, optimizer, x, y, n):
+    for _ in range(n):
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+
+
+def resumed(wrap, folder):
+    "A third step after two of one process; the whole model, and this rank's moments after they were saved and loaded."
+    from torch.distributed.fsdp import fully_shard
+    rank, (x, y), net = dist.get_rank(), data(), Net("topk")
+    nn.init.zeros_(net.first.weight)
+    parallel_experts_(net)
+    model = data_parallel(net) if wrap == "DDP" else fully_shard(net, ignored_params={*expert_parameters(net).values()})
+    optimizer = with_adam(net)
+    model(x).sum().backward()  # a state can be loaded all the same
+    for group in optimizer.param_groups: group["lr"] = 9.
+    def load(name, optimizer):
+        state = {"model": sharded_state_dict(net), "optimizer": sharded_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=str(folder / name))
+        load_sharded_optimizer_state_dict(model, optimizer, state["optimizer"])
+    load("one", optimizer)
+    steps(model, optimizer, x[rank::2], y[rank::2], 1)
+    dcp.save({"model": sharded_state_dict(net), "optimizer": sharded_optimizer_state_dict(model, optimizer)}, checkpoint_id=str(folder / wrap))
+    again = with_adam(net)
+    load(wrap, again)
+    for p in expert_parameters(net).values():
+        assert all(torch.equal(optimizer.state[p][key], again.state[p][key]) and type(again.state[p][key]) is torch.Tensor for key in ("exp_avg", "exp_avg_sq"))
+    return {name: p.full_tensor().numpy() if hasattr(p, "full_tensor") else p.numpy() for name, p in sharded_state_dict(net).items()}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2"])
+def test_an_optimizer_goes_on_two_processes_and_back_on_one(tmp_path, wrap):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    net, (x, y) = Net("topk"), data()
+    optimizer = with_adam(net)
+    steps(net, optimizer, x, y, 2)
+    dcp.save({"model": net.state_dict(), "optimizer": get_optimizer_state_dict(net, optimizer)}, checkpoint_id=str(tmp_path / "one"), no_dist=True)
+    steps(net, optimizer, x, y, 1)
+    for state in in_two_processes(resumed, tmp_path, wrap, tmp_path):
+        assert_close(state, {name: p.numpy() for name, p in net.state_dict().items()}, rtol=1e-4, atol=1e-6)
+    other = Net("topk")
+    back = with_adam(other)
+    state = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, back)}
+    dcp.load(state, checkpoint_id=str(tmp_path / wrap), no_dist=True)
+    set_optimizer_state_dict(other, back, state["optimizer"])
+    for each in ((net, optimizer), (other, back)): steps(*each, x, y, 1)
+    for p, q in zip(net.parameters(), other.parameters()): torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
+
+
+def interrupted(folder):
+    "Three epochs at once and in two parts; then what is said where the ranks' files are exchanged."
+    rank, (x, y) = dist.get_rank(), data()
+    def run(epochs, name):
+        net = Net("topk")
+        parallel_experts_(net)
+        fit(data_parallel(net), (x[rank::2], y[rank::2]), F.mse_loss, epochs=epochs, checkpoint=folder / name, progress=False)
+        return whole_model(net).state_dict()
+    through, _, again = (run(*each) for each in ((3, "through.pt"), (1, "parts.pt"), (3, "parts.pt")))
+    assert all(torch.equal(p, again[name]) for name, p in through.items())
+    state = (folder / f"parts.rank{1 - rank}.pt").read_bytes()
+    dist.barrier()
+    (folder / f"parts.rank{rank}.pt").write_bytes(state)
+    try: run(4, "parts.pt")
+    except ValueError as error: return str(error)
+
+
+def test_fit_goes_on_from_the_files_of_ranks(tmp_path):
+    asked = "module.layers.0.experts.w_in: a state of all experts, or of experts {} to {} of 4, is expected, got 'experts {} to {} of 4'"
+    assert in_two_processes(interrupted, tmp_path, tmp_path) == [asked.format(0, 1, 2, 3), asked.format(2, 3, 0, 1)]
+
+
+def test_states_of_optimizers(one_process):
+    layer = make()
+    parallel_experts_(layer)
+    layer(numbers()).sum().backward()
+    own = layer.experts.w_in
+    for kind, options in ((torch.optim.SGD, {"momentum": .9}), (torch.optim.SGD, {}), (torch.optim.RMSprop, {}), (torch.optim.Adafactor, {})):
+        optimizer = kind(layer.parameters(), .1, **options)
+        optimizer.step()
+        state = sharded_optimizer_state_dict(layer, optimizer)
+        shapes = {key: tuple(t.shape) for key, t in optimizer.state[own].items() if isinstance(t, torch.Tensor)} if optimizer.state else {}
+        found = state["state"].get("experts.w_in", {})
+        assert {key: tuple(t.shape) for key, t in found.items() if isinstance(t, torch.Tensor)} == shapes
+        assert all(type(t).__name__ == "DTensor" for t in found.values() if isinstance(t, torch.Tensor) and t.ndim)
+    optimizer.state[own]["row_var"] = torch.zeros(5)
+    with pytest.raises(ValueError, match=rf"optimizer: row_var of experts.w_in: one row for each of {EXPERTS} experts is expected, got \(5,\)"):
+        sharded_optimizer_state_dict(layer, optimizer)
+    with pytest.raises(TypeError, match="model: a module is expected, got None"): sharded_optimizer_state_dict(None, optimizer)
+    with pytest.raises(TypeError, match="optimizer: a torch optimizer is expected, got 3"): sharded_optimizer_state_dict(layer, 3)
+
+
 def test_copies_and_pickles(one_process):
     layer, x = make(), numbers()
     y = layer(x)
@@ -468,7 +598,8 @@ def test_a_group_or_a_state_that_does_not_fit(tmp_path):
     assert second[1] == "group: one that has the process of rank 1 is expected, got -100"
     assert first[1] == second[2] == "layer: one with all 4 experts in one place is expected, got 2"
     sizes = "router.gate.weight: a tensor of shape (4, 8) is expected, got ({}, 8)"
-    assert first[2:] == [sizes.format(6), "w_in: 4 experts (or the 2 of a rank) is expected, got 6", sizes.format(2)]
+    assert first[2:] == [sizes.format(6), "w_in: 4 experts (or the 2 of a rank) is expected, got 6", sizes.format(2),
+                         "w_in: a state of all experts, or of experts 0 to 1 of 4, is expected, got 'a part that does not say which'"]
 
 
 def test_bad_input_without_a_group():
@@ -493,6 +624,8 @@ def test_bad_input(one_process):
     split = (numbers(8), numbers(8, seed=1))
     with pytest.raises(ValueError, match="clip: a function of the model that knows of all ranks' parts of 'experts' is expected, got 1.0"):
         fit(layer, split, F.mse_loss, epochs=1, clip=1.)
+    with pytest.raises(ValueError, match="amp: None or torch.bfloat16, for a step that all ranks with parts of 'experts' take, is expected, got torch.float16"):
+        fit(layer, split, F.mse_loss, epochs=1, amp=torch.float16)
     before = [p.detach().clone() for p in layer.parameters()]
     rate = torch.optim.SGD(layer.parameters(), lr=1.)
     fit(layer, split, F.mse_loss, epochs=1, optimizer=rate, clip=lambda model: clip_gradients_(model, .01))
