@@ -32,9 +32,9 @@ def process_group(folder, rank=0, size=1):
 
 
 @functools.cache
-def pool():
-    "Two processes, for all tests that need them."
-    return ProcessPoolExecutor(2, mp_context=PROCESSES)
+def pools():
+    "Two processes for all tests that need them, each always of one rank: what PyTorch keeps of DTensors belongs to a rank."
+    return [ProcessPoolExecutor(1, mp_context=PROCESSES) for _ in range(2)]
 
 
 def member(f, rank, folder, *args):
@@ -45,5 +45,5 @@ def member(f, rank, folder, *args):
 
 def in_two_processes(f, folder, *args):
     "What `f(*args)` gives in each of two processes; an error if they hang."
-    futures = [pool().submit(member, f, rank, folder, *args) for rank in range(2)]
+    futures = [pool.submit(member, f, rank, folder, *args) for rank, pool in enumerate(pools())]
     return [future.result(timeout=240) for future in futures]
