@@ -23,7 +23,7 @@ from .errors import need, one_of, real, tensor, whole
 class Routing(NamedTuple):
     "Which tokens go to which experts with which weights: one slot each, in the order of the tokens."
     token: Tensor   # (slots,), ascending
-    expert: Tensor  # (slots,), as chosen
+    expert: Tensor  # (slots,), as chosen; num_experts for a slot that nobody chose
     weight: Tensor  # (slots,), of the expert in the token's output; NaN for a token that is not finite
     kept: Tensor    # (slots,), False where the slot goes nowhere
     valid: Tensor   # (tokens,), False for padding and for tokens that are not finite
@@ -36,12 +36,14 @@ class Routing(NamedTuple):
     def counts(self, kept=True) -> Tensor:
         "Slots per expert, (experts,): those that are kept, or all that valid tokens chose."
         real = self.kept if kept else self.valid[self.token]
-        return torch.bincount(self.expert[real], minlength=self.num_experts)
+        expert = torch.where(real, self.expert, self.num_experts)
+        counts = expert.new_zeros(self.num_experts + 1)
+        return counts.scatter_add(0, expert, torch.ones_like(expert))[:-1]
 
     def table(self) -> Tensor:
         "Weights as a matrix (tokens, experts), 0 where a token does not go."
-        table = self.weight.new_zeros(len(self.valid), self.num_experts)
-        return table.index_put((self.token, self.expert), torch.where(self.kept, self.weight, 0))
+        table = self.weight.new_zeros(len(self.valid), self.num_experts + 1)
+        return table.index_put((self.token, self.expert), torch.where(self.kept, self.weight, 0))[:, :-1]
 
 
 def _check_routing(routing):
@@ -330,7 +332,7 @@ class Hash(Router):
         self.register_buffer("experts", table.to(device))
 
     def route(self, x, mask, ids):
-        expert = self.experts[self._words(x, mask, ids)]
+        expert = self.experts[self._words(x, mask, ids), :self.top_k]
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = torch.full(expert.shape, 1 / self.top_k, device=x.device, dtype=dtype)
         return _slots(expert, weight, ~x.isfinite().all(-1), mask, self.num_experts)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sharetie.experts import Experts, FeedForward, _at_a_time, _product, _segments
-from sharetie.moe import MoE, SoftMoE, merge_experts, upcycle
+from sharetie.moe import Merged, MoE, SoftMoE, merge_experts, upcycle
 from sharetie.routing import (Balanced, ExpertChoice, Hash, Router, TopK, drop_overflow, load_balancing_loss, plan_rows, router_z_loss, statistics,
                               update_biases_)
 from sharetie.saving import load_model, save_model
@@ -797,6 +797,88 @@ def test_merging_to_the_same_number_changes_nothing(router):
     assert merge_experts(layer, 3).router(tokens()).counts().shape == (3,)
 
 
+def twins(layer):
+    "A layer whose experts 3 to 5 are those of 0 to 2, with rows of the router that differ, and a bias that counts where there is one."
+    with torch.no_grad():
+        for p in layer.experts.parameters(): p[3:] = p[:3]
+        if hasattr(layer.router, "bias"): layer.router.bias.copy_(torch.linspace(-.3, .3, EXPERTS))
+    return layer
+
+
+ALIKE = {**{name: lambda k, name=name: make(k, name) for name in ROUTERS},
+         "not renormalized": lambda k: make(k, TopK(DIM, EXPERTS, k, renormalize=False)),
+         "groups": lambda k: make(k, Balanced(DIM, EXPERTS, k, groups=2, renormalize=False)),
+         "few groups": lambda k: make(k, Balanced(DIM, EXPERTS, k, groups=2, top_groups=1 if k < 4 else 2)),
+         "hash": lambda k: make(k, "hash", vocabulary=50)}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("name", ALIKE)
+def test_merging_experts_that_are_equal_changes_nothing(name, k):
+    layer, x, ids, mask = twins(ALIKE[name](k)), tokens(), torch.arange(50), torch.arange(50) % 7 != 3
+    x[20, 3], x[10, 1] = torch.nan, torch.nan
+    merged = merge_experts(layer, 3, usage=[1, 2, 3, 4, 5, 6])
+    assert merged.router.cluster.tolist() == [0, 1, 2, 0, 1, 2] and merged.experts.num_experts == 3
+    for one in (layer, merged): one.zero_grad(), torch.manual_seed(5), one(x, mask, ids)[mask].nan_to_num().square().sum().backward()
+    torch.manual_seed(5)
+    y = layer(x, mask, ids)
+    torch.manual_seed(5)
+    z = merged(x, mask, ids)
+    assert torch.allclose(y, z, atol=1e-6, equal_nan=True) and z[20].isnan().all()
+    rows, found = layer.routing, merged.routing
+    assert torch.allclose(rows.table().unflatten(1, (2, 3)).sum(1), found.table(), atol=1e-6)
+    assert torch.equal((rows.table() > 0).unflatten(1, (2, 3)).any(1), found.table() > 0)  # each once
+    assert found.counts().sum() == (found.table() > 0).sum() and torch.equal(found.counts(), found.counts(kept=False))
+    said = statistics(found)
+    assert said["dropped"] == 0 and said["not finite"] == 1 and said["padding"] == (~mask).sum()  # 10 is padding, 20 is not
+    if hasattr(layer.router, "gate"):
+        assert torch.allclose(layer.router.gate.weight.grad.nan_to_num(), merged.router.router.gate.weight.grad.nan_to_num(), atol=1e-5)
+        assert torch.allclose(router_z_loss(rows), router_z_loss(found)) and found.probs.shape == (50, 3)
+
+
+@pytest.mark.parametrize("router", ["topk", "expert choice"])
+def test_a_merged_layer_is_a_layer_like_others(router, tmp_path):
+    layer, x = merge_experts(make(3, router, bias=True, shared_experts=1), 3), tokens()
+    other = merge_experts(make(3, router, bias=True, shared_experts=1, seed=2), 3)
+    other.load_state_dict(layer.state_dict())
+    for again in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))): assert torch.equal(again(x), layer(x))
+    save_model(layer, tmp_path / "merged.safetensors")
+    built = MoE(DIM, HIDDEN, 3, 3, 1, Merged(make(3, router).router, [0, 1, 2, 2, 1, 0]), bias=True)
+    load_model(built, tmp_path / "merged.safetensors")
+    assert torch.equal(built(x), layer(x)) and layer(x[:0]).shape == (0, DIM)
+    y, grads = gradients(layer, x, layer)
+    z, others = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, layer)
+    assert torch.allclose(y, z, atol=1e-6) and same(grads, others, atol=1e-5) and all(g.abs().sum() > 0 for g in grads)
+    assert load_balancing_loss(layer.routing).requires_grad and layer.routing.counts().shape == (3,)
+    twice = merge_experts(layer, 2)
+    assert twice.router.router.router.gate.out_features == EXPERTS and twice(x).isfinite().all()
+    limited = merge_experts(make(3, router, capacity_factor=1.), 3)
+    limited(x)
+    assert limited.routing.counts().max() <= 50
+
+
+def test_merged_experts_are_balanced_as_such():
+    layer = MoE(DIM, HIDDEN, 3, 2, router=Merged(Balanced(DIM, EXPERTS, 2, rate=.5), [0, 1, 1, 1, 2, 2]))
+    layer(tokens())
+    counts = layer.routing.counts()
+    assert update_biases_(layer) == 1 and len({*counts.tolist()}) > 1
+    assert torch.equal(layer.router.router.bias, .5 * (counts.float().mean() - counts).sign()[layer.router.cluster])
+
+
+def test_merging_keeps_what_is_frozen_and_takes_fewer_rows():
+    layer = make(3, shared_experts=1, bias=True)
+    layer.experts.w_in.requires_grad_(False), layer.router.requires_grad_(False), layer.shared.requires_grad_(False)
+    merged, x = merge_experts(layer, 3, top_k=1), tokens()
+    frozen = [name for name, p in merged.named_parameters() if not p.requires_grad]
+    assert [name.split(".")[0] for name in frozen] == ["router", "experts", *["shared"] * 4] and merged.router.router.top_k == 1
+    assert merged.router(x).counts().sum() == 50
+    dense = merge_experts(make(bias=True).requires_grad_(False))
+    assert not any(p.requires_grad for p in dense.parameters())
+    words = merge_experts(make(3, "hash", vocabulary=50), 3, top_k=2)
+    words(x, ids=torch.arange(50))
+    assert torch.allclose(words.routing.table().sum(1), torch.ones(50))
+
+
 def test_what_cannot_be_merged():
     with pytest.raises(TypeError, match="layer: a MoE"): merge_experts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="num_experts: a whole number from 1 to 6 is expected, got 7"): merge_experts(make(), 7)
@@ -804,12 +886,13 @@ def test_what_cannot_be_merged():
     with pytest.raises(ValueError, match="usage"): merge_experts(make(), usage=[0] * 6)
     with pytest.raises(ValueError, match="at least 2 for a layer with shared experts"): merge_experts(make(shared_experts=1))
     for k in (0, 3, -1):
-        with pytest.raises(ValueError, match=f"top_k: from 1 to num_experts = 2 is expected, got {k}"): merge_experts(make(), 2, top_k=k)
+        with pytest.raises(ValueError, match=f"top_k: a whole number from 1 to 2 is expected, got {k}"): merge_experts(make(), 4, top_k=k)
     with pytest.raises(TypeError, match="top_k: a whole number is expected, got 'a'"): merge_experts(make(), 2, top_k="a")
     for usage in ("abc", [1, 2, 3, 4, 5, "a"], 3j):
         with pytest.raises(TypeError, match="usage: 6 counts is expected"): merge_experts(make(), usage=usage)
-    with pytest.raises(ValueError, match="layer: a router of 1 group, since groups would not outlive the merging, is expected, got 3"):
-        merge_experts(make(router=Balanced(DIM, EXPERTS, 2, groups=3, top_groups=2)), 2)
+    for cluster in ([0, 1], [0, 0, 0, 0, 0, 2], [1] * 6):
+        with pytest.raises(ValueError, match="cluster: numbers of 6 experts, from 0 without a gap, is expected"): Merged(TopK(DIM, EXPERTS), cluster)
+    with pytest.raises(TypeError, match="router: a Router"): Merged(nn.Linear(2, 2), [0])
     layer = make()
     layer(tokens(0))
     assert torch.allclose(merge_experts(layer).up.weight, layer.experts.w_in.mean(0), atol=1e-6)
