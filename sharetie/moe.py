@@ -64,11 +64,12 @@ def _decide(layer, x, mask, ids):
     return routing
 
 # %% ../nbs/30_moe.ipynb #4fc8d729
-def _note(layer, routing, plan):
+def _note(layer, routing):
     "Keep what a batch did, unless it is computed again in the backward pass, as by activation checkpointing."
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1: return
     layer.routing = routing
-    if layer.training: layer.router.observe(plan.ends.diff(prepend=plan.ends.new_zeros(1)))
+    observes = type(layer.router).observe is not Router.observe
+    if layer.training and observes: layer.router.observe(routing.counts(kept=False))
 
 
 class _Mixture(nn.Module):
@@ -125,7 +126,7 @@ class MoE(_Mixture):
         y = self.experts(flat, routing.weight, plan)
         if not self.router.every_token: y = y.masked_fill(routing.bad[:, None], torch.nan)
         if self.shared is not None: y = y + self.shared(_without_padding(flat, mask))
-        _note(self, routing, plan)
+        _note(self, routing)
         return y.reshape(x.shape)
 
     def __getstate__(self): return super().__getstate__() | {"routing": None}  # copies are without it
@@ -290,11 +291,11 @@ def _usage(layer, usage):
 # %% ../nbs/30_moe.ipynb #be5e592a
 def _dense(network, experts, merged):
     "A dense network with the weights of experts that are merged to one."
-    e = experts
-    parts = (network.up.weight, e.w_in), (network.down.weight, e.w_out), (network.up.bias, e.b_in), (network.down.bias, e.b_out)
-    for p, q in [(p, q) for p, q in parts if q is not None]:
-        one = merged(q)[0]
-        p.copy_(one.mT if q is e.w_out else one).requires_grad_(q.requires_grad)
+    for linear, weight, bias in ((network.up, "w_in", "b_in"), (network.down, "w_out", "b_out")):
+        for p, q in ((linear.weight, getattr(experts, weight)), (linear.bias, getattr(experts, bias))):
+            if q is None: continue
+            p.copy_(merged(q)[0].mT if weight == "w_out" and q.ndim == 3 else merged(q)[0])
+            p.requires_grad_(q.requires_grad)
     return network
 
 
@@ -367,7 +368,7 @@ def merge_experts(
 
     The router is left as it is (`Merged`): rows that lead to experts that are alike may differ.
     Raises TypeError for another layer, ValueError for more experts than there are, for usage or top_k that
-    does not fit. Source: Li et al. 2024."""
+    does not fit. Source: Li et al. 2024, without their alignment of hidden units."""
     need(isinstance(layer, MoE), "layer", "a MoE", layer, TypeError)
     e = layer.experts
     need(len(e.w_in) == e.num_experts, "layer", f"one with all {e.num_experts} experts in one place", len(e.w_in))

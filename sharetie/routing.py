@@ -128,7 +128,7 @@ class Router(nn.Module):
         return F.linear(x.to(dtype), (linear or self.gate).weight.to(dtype))
 
     def observe(self, counts):
-        "Take note of the number of tokens per expert in a batch of training."
+        "Take note of the number of tokens that chose each expert in a batch of training, dropped ones too."
 
 # %% ../nbs/30_routing.ipynb #89867a6d
 def _slots(expert, weight, bad, mask, num_experts, **rest):
@@ -302,12 +302,16 @@ class ExpertChoice(Router):
         bad = ~logits.isfinite().all(-1)
         probs = logits.softmax(-1)
         valid = ~bad if mask is None else mask & ~bad
-        c = min(len(x), -(-len(x) * self.top_k // self.num_experts))
+        c, room = (-(-n * self.top_k // self.num_experts) for n in (len(x), valid.sum()))
         weight, token = torch.where(valid[:, None], probs, -1.).mT.topk(c, -1)
-        expert = torch.arange(self.num_experts, device=x.device).repeat_interleave(c)
+        rank = torch.arange(token.shape[1], device=x.device)
+        expert = torch.arange(self.num_experts, device=x.device)[:, None]
+        expert = torch.where(rank < room, expert, self.num_experts).flatten()
         token, order = token.flatten().sort(stable=True)
-        return Routing(token, expert[order], weight.flatten()[order], valid[token], valid, bad,
+        expert = torch.where(valid[token], expert[order], self.num_experts)
+        return Routing(token, expert, weight.flatten()[order], expert < self.num_experts, valid, bad,
                        self.num_experts, logits, probs)
+
 
 # %% ../nbs/30_routing.ipynb #2c0799a1
 class Hash(Router):

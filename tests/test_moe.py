@@ -333,7 +333,7 @@ def test_what_is_not_finite_stays_in_its_token(execution, router, value):
     others = torch.arange(50) != 11
     assert y[11].isnan().all() and y[others].isfinite().all()
     assert statistics(layer.routing)["not finite"] == 1
-    if router != "expert choice": assert torch.allclose(y[others], layer(x[others]), atol=1e-6)
+    assert torch.allclose(y[others], layer(x[others]), atol=1e-6)
 
 
 def test_nan_takes_no_place_from_others():
@@ -538,6 +538,23 @@ def test_observed_loads_move_the_bias_in_training_only():
     assert torch.equal(layer.router.load.long(), layer.routing.counts())
     assert update_biases_(nn.Sequential(layer)) == 1
     assert layer.router.load.sum() == 0 and layer.router.bias.abs().max() > 0
+
+
+def test_the_bias_moves_by_what_was_chosen_before_dropping():
+    router = Balanced(DIM, 4, 1, rate=.5)
+    with torch.no_grad(): router.gate.weight.copy_(9 * torch.eye(4, DIM))
+    layer = MoE(DIM, HIDDEN, 4, 1, router=router, capacity_factor=1.)
+    layer(torch.eye(DIM)[torch.tensor([0, 1, 2, 3]).repeat_interleave(torch.tensor([40, 22, 20, 18]))])
+    assert layer.routing.counts().tolist() == [25, 22, 20, 18] and router.load.tolist() == [40, 22, 20, 18]
+    router.update_()
+    assert router.bias.tolist() == [-.5, .5, .5, .5]
+
+
+def test_nothing_is_counted_for_a_router_that_takes_no_note(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sharetie.routing.Routing.counts", lambda *given, **options: asked.append(1))
+    for router in ("topk", "noisy", "expert choice"): make(router=router)(tokens())
+    assert not asked
 
 
 def test_no_gradient_needs_no_hidden_layer():
@@ -920,7 +937,7 @@ source = open(sharetie.experts.__file__, encoding="utf-8").read()
 again, called = {"__name__": "again", "__package__": "sharetie"}, []
 exec(compile(source, "again", "exec"), again)
 segments = again["_segments"]
-again["_segments"] = lambda ends: called.append(1) or segments(ends)
+again["_segments"] = lambda *ends: called.append(1) or segments(*ends)
 layer = sharetie.moe.MoE(16, 8, 4, 2, execution="segments")
 layer(torch.randn(32, 16)).square().sum().backward()
 with torch.no_grad(): layer(torch.randn(32, 16))
