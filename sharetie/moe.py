@@ -234,7 +234,7 @@ def upcycle(
     top_k: int = 2,  # experts that a token is sent to
     noise: float = 0,  # standard deviation of what is added to each copy, by that of each weight
     **options,  # of `MoE`; shared experts begin with 0 as their output
-) -> MoE:  # which computes what `dense` does, as long as the weights of a token sum to 1
+) -> MoE:  # which computes what `dense` does, where the weights of a token sum to 1: those of one alone do not
     """A mixture whose experts are copies of a dense network.
 
     Raises TypeError for another kind of network, ValueError for other functions, sizes and options.

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import need, one_of, real, tensor, whole
+from .errors import need, one_of, real, tensor, warn, whole
 
 # %% ../nbs/30_routing.ipynb #b1c22fd7
 class Routing(NamedTuple):
@@ -92,6 +92,15 @@ def _check_made(dtype, **switches):
     need(fine, "dtype", "a floating point type or None", dtype, TypeError)
     for name, value in switches.items(): need(isinstance(value, bool), name, "True or False", value, TypeError)
 
+
+def _renormalizes(renormalize, num_experts, top_k):
+    "Do the weights of a token sum to 1? None: where it has several, or nothing to choose from."
+    if renormalize is None: return top_k > 1 or num_experts == 1
+    _check_made(None, renormalize=renormalize)
+    if renormalize and top_k == 1 < num_experts:
+        warn("renormalize: the one weight of a token is 1 whatever the router says, so the output does not train it")
+    return renormalize
+
 # %% ../nbs/30_routing.ipynb #ee34af1e
 class Router(nn.Module):
     "The base of routers: a linear map from tokens to one logit for each expert."
@@ -149,12 +158,11 @@ class TopK(Router):
         dim: int,  # width of a token
         num_experts: int,
         top_k: int = 2,  # experts that a token is sent to
-        renormalize: bool = True,  # let the weights of a token sum to 1
+        renormalize: bool | None = None,  # let the weights of a token sum to 1; None: if it has several
         device=None, dtype=None,
     ):
         super().__init__(dim, num_experts, top_k, device, dtype)
-        _check_made(dtype, renormalize=renormalize)
-        self.renormalize = renormalize
+        self.renormalize = _renormalizes(renormalize, num_experts, top_k)
 
     def route(self, x, mask, ids):
         logits = self.logits(x)
@@ -176,6 +184,7 @@ def _chance(clean, noisy, size, k):
 class NoisyTopK(Router):
     """The experts of the largest logits after noise of a learned size has been added, in training.
 
+    Weights of several experts sum to 1; that of one alone is its probability, which has a gradient.
     Source: Shazeer et al. 2017, equations 3 to 5 and 8 to 10."""
     def __init__(self,
         dim: int,  # width of a token
@@ -197,7 +206,8 @@ class NoisyTopK(Router):
             valid = ~bad if mask is None else mask & ~bad
             load = torch.where(valid[:, None], _chance(clean, noisy, size, self.top_k), 0).sum(0)
         weight, expert = noisy.topk(self.top_k, -1)
-        return _slots(expert, weight.softmax(-1), bad, mask, self.num_experts, logits=clean,
+        weight = weight.softmax(-1) if self.top_k > 1 else noisy.softmax(-1).gather(-1, expert)
+        return _slots(expert, weight, bad, mask, self.num_experts, logits=clean,
                       probs=clean.softmax(-1), load=load)
 
 # %% ../nbs/30_routing.ipynb #720ac3c0
@@ -232,14 +242,13 @@ class Balanced(_Counting):
         num_experts: int,
         top_k: int = 2,  # experts that a token is sent to
         rate: float = 1e-3,  # step of the bias
-        renormalize: bool = True,  # let the weights of a token sum to 1
+        renormalize: bool | None = None,  # let the weights of a token sum to 1; None: if it has several
         groups: int = 1,  # that the experts are divided into
         top_groups: int | None = None,  # groups that a token may be sent to; None: all
         device=None, dtype=None,
     ):
         super().__init__(dim, num_experts, top_k, device, dtype)
-        _check_made(dtype, renormalize=renormalize)
-        self.rate, self.renormalize = real(rate, "rate", low=0), renormalize
+        self.rate, self.renormalize = real(rate, "rate", low=0), _renormalizes(renormalize, num_experts, top_k)
         self.groups = whole(groups, "groups", 1)
         need(num_experts % groups == 0, "groups", f"a divisor of num_experts = {num_experts}", groups)
         self.top_groups = groups if top_groups is None else whole(top_groups, "top_groups", 1, groups)

@@ -141,6 +141,21 @@ def test_types_of_weights_and_switches():
         with pytest.raises(TypeError, match="renormalize: True or False is expected, got 'no'"): router(8, 4, 2, renormalize="no")
 
 
+@kinds
+def test_the_output_of_one_expert_trains_its_router(kind):
+    router = make(kind, 1)
+    (router(tokens()).weight * torch.linspace(1, 2, 40)).sum().backward()
+    assert router.gate.weight.grad.abs().max() > 1e-3
+    assert make(kind, 2)(tokens()).table().sum(1).allclose(torch.ones(40)) != (kind == "expert choice")
+
+
+def test_renormalizing_one_weight_warns_where_there_is_a_choice():
+    for router in (TopK, Balanced):
+        with pytest.warns(UserWarning, match="renormalize: the one weight of a token is 1"): one = router(DIM, EXPERTS, 1, renormalize=True)
+        assert torch.allclose(one(tokens()).weight, torch.ones(40)) and not router(DIM, EXPERTS, 1).renormalize
+        assert router(DIM, 1, 1).renormalize and router(DIM, 1, 1, renormalize=True).renormalize and router(DIM, EXPERTS, 2).renormalize
+
+
 def test_ids_outside_of_the_vocabulary_say_its_range():
     router, ids = Hash(DIM, 5, vocabulary=10), torch.arange(40) % 10
     for bad in (-1, 10, -100, 2 ** 40):
