@@ -7,13 +7,14 @@ __all__ = ['FeedForward', 'Experts']
 
 # %% ../nbs/30_experts.ipynb #e3b99ce0
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import need, one_of, whole
-from .routing import Plan, _check_made, _computed_in, _no_autocast
+from .routing import Plan, _at_hand, _check_made, _computed_in, _no_autocast
 
 # %% ../nbs/30_experts.ipynb #b2b7ba55
 _FUNCTIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -157,25 +158,37 @@ def _(x, weight, ends, token, slot, row, first, w_in, b_in, w_out, b_out, expert
 @torch.library.custom_op("sharetie::experts_backward", mutates_args=())
 def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Tensor, token: Tensor,
               slot: Tensor, row: Tensor, first: Tensor, w_in: Tensor, b_in: Tensor | None,
-              w_out: Tensor, b_out: Tensor | None, expert: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    "The gradients of x, weight, w_in, w_out, b_in and b_out; the last two are empty without biases."
-    dw_in, dw_out = torch.empty_like(w_in), torch.empty_like(w_out)
-    db_in, db_out = (x.new_empty(0) if b is None else torch.zeros_like(b) for b in (b_in, b_out))
-    rows, scale = x.new_empty(len(token), x.shape[1]), weight[slot].to(x.dtype)
-    per_row, inner, end = torch.zeros_like(weight), w_in.shape[1], 0
+              w_out: Tensor, b_out: Tensor | None, expert: str, asked: Sequence[bool],
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    "The gradients of x, weight, w_in, b_in, w_out and b_out, those that are not asked for empty."
+    dx, dweight, dw_in, db_in, dw_out, db_out = _made((x, weight, w_in, b_in, w_out, b_out), asked)
+    to_x, to_weight, to_w_in, to_b_in, to_w_out, to_b_out = asked
+    inward, scale = to_x or to_w_in or to_b_in, weight[slot].to(x.dtype)
+    rows, per_row = x.new_empty(len(token) * to_x, x.shape[1]), torch.zeros_like(weight)
+    inner, end = w_in.shape[1], 0
+    if to_b_in: db_in.zero_()
+    if to_b_out: db_out.zero_()
     for e, begin, end, new in _segments(ends, _at_a_time(x, len(token))):
         at = slice(begin, end)
         dy, h = grad.index_select(0, token[at]), hidden[begin * inner:end * inner].view(inner, end - begin)
-        a, dh, dscale = _activate_backward(_product(w_out[e], dy.mT), h, scale[at], expert)
-        per_row[at] = dscale if b_out is None else dscale + dy @ b_out[e]
+        if inward or to_weight:
+            a, dh, dscale = _activate_backward(_product(w_out[e], dy.mT), h, scale[at], expert)
+            per_row[at] = dscale if b_out is None else dscale + dy @ b_out[e]
+        elif to_w_out: a = _activate(h, expert, 0)
         dy *= scale[at, None]
-        _product(a, dy, dw_out[e], add=not new)
-        _product(dh, x.index_select(0, token[at]), dw_in[e], add=not new)
-        _product(dh.mT, w_in[e], rows[at])
-        if b_in is not None: db_in[e] += dh.sum(1)
-        if b_out is not None: db_out[e] += dy.sum(0)
+        if to_w_out: _product(a, dy, dw_out[e], add=not new)
+        if to_w_in: _product(dh, x.index_select(0, token[at]), dw_in[e], add=not new)
+        if to_x: _product(dh.mT, w_in[e], rows[at])
+        if to_b_in: db_in[e] += dh.sum(1)
+        if to_b_out: db_out[e] += dy.sum(0)
     rows[end:] = 0
-    return _sum_slots(rows, row, first), per_row[row], dw_in, dw_out, db_in, db_out
+    if to_x: dx = _sum_slots(rows, row, first)
+    return dx, per_row[row] if to_weight else dweight, dw_in, db_in, dw_out, db_out
+
+
+def _made(tensors, asked):
+    "Room for the gradients that are asked for, and nothing for the others."
+    return [torch.empty_like(t) if yes else tensors[0].new_empty(0) for t, yes in zip(tensors, asked)]
 
 
 def _activate_backward(da, h, scale, expert):
@@ -195,10 +208,8 @@ def _activate_backward(da, h, scale, expert):
 
 # %% ../nbs/30_experts.ipynb #9593c51a
 @_backward.register_fake
-def _(grad, hidden, x, weight, ends, token, slot, row, first, w_in, b_in, w_out, b_out, expert):
-    empty = torch.empty_like
-    biases = [x.new_empty(0) if b is None else empty(b) for b in (b_in, b_out)]
-    return empty(x), empty(weight), empty(w_in), empty(w_out), *biases
+def _(grad, hidden, x, weight, ends, token, slot, row, first, w_in, b_in, w_out, b_out, expert, asked):
+    return (*_made((x, weight, w_in, b_in, w_out, b_out), asked),)
 
 
 class _Segments(torch.autograd.Function):
@@ -217,10 +228,10 @@ class _Segments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         hidden, *tensors = ctx.saved_tensors
-        dx, dweight, dw_in, dw_out, db_in, db_out = torch.ops.sharetie.experts_backward(
-            grad.contiguous(), hidden, *tensors, ctx.expert)
-        db_in, db_out = (None if b is None else d for b, d in ((tensors[8], db_in), (tensors[10], db_out)))
-        return dx, dweight, *[None] * 5, dw_in, db_in, dw_out, db_out, None
+        asked = [yes for i, yes in enumerate(ctx.needs_input_grad[:11]) if i not in range(2, 7)]  # of what is no plan
+        found = torch.ops.sharetie.experts_backward(grad.contiguous(), hidden, *tensors, ctx.expert, asked)
+        dx, dweight, *weights = (d if yes else None for d, yes in zip(found, asked))
+        return dx, dweight, *[None] * 5, *weights, None
 
 # %% ../nbs/30_experts.ipynb #d088c5c1
 class _Gather(torch.autograd.Function):
@@ -248,8 +259,9 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad):
         rows, weight, token, slot, row = ctx.saved_tensors
         grad = grad.index_select(0, token)
-        dweight = (grad * rows).sum(-1).to(weight.dtype)[row]
-        return grad * weight[slot].to(grad.dtype)[:, None], dweight, *[None] * 4
+        asked = ctx.needs_input_grad
+        dweight = (grad * rows).sum(-1).to(weight.dtype)[row] if asked[1] else None
+        return grad * weight[slot].to(grad.dtype)[:, None] if asked[0] else None, dweight, *[None] * 4
 
 # %% ../nbs/30_experts.ipynb #4f5a5ad6
 def _grouped(x, weight, plan, w_in, b_in, w_out, b_out, expert):
@@ -270,8 +282,7 @@ def _grouped(x, weight, plan, w_in, b_in, w_out, b_out, expert):
 
 def _is_full(plan):
     "Does each row go to an expert? Looked at where it is no wait for a GPU."
-    at_hand = type(plan.ends) is Tensor and plan.ends.device.type == "cpu" and not torch.compiler.is_compiling()
-    return at_hand and int(plan.ends[-1]) == len(plan.token)
+    return _at_hand(plan.ends) and int(plan.ends[-1]) == len(plan.token)
 
 # %% ../nbs/30_experts.ipynb #4b7214a1
 def _can_group(x, w_in, w_out):
@@ -314,4 +325,4 @@ class Experts(_Stacked):
         able = _can_group(x, self.w_in, self.w_out)
         if self.execution == "auto": return able and _pays(x, rows / self.num_experts)
         need(able, "execution", "'segments' for such widths and dtype", f"'grouped' for {x.dtype}, {self}")
-        return True
+        return x.dtype == torch.bfloat16 or not (torch.compiler.is_compiling() or x.is_meta)  # which know no other type

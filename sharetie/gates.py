@@ -52,8 +52,6 @@ class DSelectGate(nn.Module):
         super().__init__()
         self.n, self.k, self.width = whole(n, "n", 1), whole(k, "k", 1, n), real(width, "width", above=0)
         m, at = (n - 1).bit_length(), {"device": device, "dtype": dtype}
-        codes = torch.arange(n, device=device)[:, None] >> torch.arange(m - 1, -1, -1, device=device) & 1
-        self.register_buffer("codes", codes.bool(), persistent=False)
         self.dim = dim if dim is None else whole(dim, "dim", 1)
         if dim is None:
             self.bits, self.share = (nn.Parameter(torch.empty(*s, **at)) for s in ((k, m), (k,)))
@@ -66,13 +64,18 @@ class DSelectGate(nn.Module):
         for part, far in ((self.bits, self.width / 100), (self.share, .05)):
             for p in [part] if self.dim is None else part.parameters(): nn.init.uniform_(p, -far, far)
 
+    def codes(self, device):
+        "The numbers of the experts in bits, (n, bits)."
+        bits = torch.arange((self.n - 1).bit_length() - 1, -1, -1, device=device)
+        return (torch.arange(self.n, device=device)[:, None] >> bits & 1).bool()
+
     def forward(self,
         x,  # (..., dim); anything for a static gate
     ) -> Tensor:  # (..., n), or (n,) of a static gate
         if self.dim is None: z, a = self.bits, self.share
         else: z, a = self.bits(_checked_input(self.bits, x)), self.share(x)
         s = smooth_step(z.unflatten(-1, (self.k, -1)) if self.dim else z, self.width)[..., None, :]
-        self.selectors = torch.where(self.codes, s, 1 - s).prod(-1)
+        self.selectors = torch.where(self.codes(s.device), s, 1 - s).prod(-1)
         return (a.softmax(-1)[..., None] * self.selectors).sum(-2)
 
     def __getstate__(self): return super().__getstate__() | {"selectors": None}  # copies are without them

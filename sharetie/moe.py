@@ -132,6 +132,9 @@ class MoE(_Mixture):
     def __getstate__(self): return super().__getstate__() | {"routing": None}  # copies are without it
 
 # %% ../nbs/30_moe.ipynb #dcdc30bd
+def _unit(x, axis): return F.normalize(x, dim=axis, eps=max(1e-12, torch.finfo(x.dtype).tiny))  # 1e-12 is 0 in half
+
+
 def _by_slots(e, mixed, slots):
     "What experts make of (…, slots, dim), so many slots each."
     rows = mixed.reshape(-1, e.num_experts, slots, e.dim).transpose(0, 1).flatten(1, 2)
@@ -173,8 +176,8 @@ class SoftMoE(_Mixture):
         _check_beside(x, mask)
         self.experts.computed_in(x)
         x = _without_padding(x, mask)
-        phi = self.scale * F.normalize(self.phi, dim=0)
-        logits = F.normalize(x, dim=-1) @ phi.to(x.dtype)
+        phi = self.scale * _unit(self.phi, 0)
+        logits = _unit(x, -1) @ phi.to(x.dtype)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         out = logits.isfinite().all(-1, keepdim=True)  # a token that is not finite is in no slot
         if mask is not None: out = out & mask[..., None]
@@ -254,7 +257,7 @@ def upcycle(
         experts.b_out.copy_(down.bias)
     for p in layer.shared.down.parameters() if layer.shared else (): p.zero_()
     for p in experts.parameters():
-        if noise: p += torch.randn_like(p) * noise * p.std()
+        if noise: p += torch.randn_like(p) * noise * p.std(correction=0)
     return layer.train(dense.training)
 
 # %% ../nbs/30_moe.ipynb #99b78dc7

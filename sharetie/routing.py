@@ -66,6 +66,11 @@ def _without_padding(x, mask):
     return x if mask is None else x.masked_fill(~mask[..., None], 0)
 
 
+def _at_hand(x):
+    "May numbers be looked at: no wait for a GPU, and no graph that would hold what they are?"
+    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _computed_in(x, weight, what):
     "The dtype in which a tensor meets weights: that of autocast, or of both. Raises TypeError for another."
     if not x.is_meta and torch.is_autocast_enabled(x.device.type): return torch.get_autocast_dtype(x.device.type)
@@ -132,9 +137,12 @@ class Router(nn.Module):
         with _no_autocast(x.device): return self.route(_without_padding(x, mask), mask, ids)
 
     def logits(self, x, linear=None):
-        "One logit for each expert, (tokens, experts), in single precision at least."
+        "One logit for each expert, (tokens, experts), in single precision at least; NaN where not all are finite."
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(dtype), (linear or self.gate).weight.to(dtype))
+        fine = x.detach().sum(-1, keepdim=True, dtype=dtype).isfinite()
+        if not (_at_hand(fine) and fine.all()): x = torch.where(fine, x, 0)
+        logits = F.linear(x.to(dtype), (linear or self.gate).weight.to(dtype))
+        return torch.where(fine & logits.isfinite().all(-1, keepdim=True), logits, torch.nan)
 
     def observe(self, counts):
         "Take note of the number of tokens that chose each expert in a batch of training, dropped ones too."
@@ -255,8 +263,17 @@ class Balanced(_Counting):
         within = self.top_groups * num_experts // groups
         need(top_k <= within, "top_k", f"at most the {within} experts of top_groups = {top_groups}", top_k)
         for name in ("bias", "load"):
-            start = torch.zeros(num_experts, device=device, dtype=torch.float32)
+            start = torch.empty(num_experts, device=device, dtype=torch.float32)
             self.register_buffer(name, start, persistent=name == "bias")
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Begin without a preference, and to count."
+        self.bias.zero_(), self.load.zero_()
+
+    def _load_from_state_dict(self, *given):
+        super()._load_from_state_dict(*given)
+        self.load = torch.zeros_like(self.bias)  # which is not saved, and may have held nothing yet
 
     def route(self, x, mask, ids):
         logits = self.logits(x)
@@ -374,7 +391,9 @@ def capacity(
     return _room(num_tokens, *_sizes(num_experts, top_k), factor)
 
 
-def _room(num_tokens, num_experts, top_k, factor): return math.ceil(factor * num_tokens * top_k / num_experts)
+def _room(num_tokens, num_experts, top_k, factor):
+    "The room, without what rounding adds: 1.1 * 100 / 10 is a little more than 11."
+    return math.ceil(factor * num_tokens * top_k / num_experts * (1 - 1e-12))
 
 
 def drop_overflow(
@@ -448,9 +467,7 @@ def importance_loss(routing: Routing) -> Tensor:  # a scalar, 0 where all expert
 
     Source: Shazeer et al. 2017, equations 6 and 7."""
     _check_routing(routing)
-    weight = torch.where(routing.valid[routing.token], routing.weight, 0)
-    chosen = routing.expert[:, None] == torch.arange(routing.num_experts, device=weight.device)
-    return _variation(torch.where(chosen, weight[:, None], 0).sum(0))
+    return _variation(routing._replace(kept=routing.valid[routing.token]).table().sum(0))  # dropped slots too
 
 
 def load_loss(

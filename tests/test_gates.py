@@ -333,3 +333,9 @@ def test_one_conv_expert_needs_a_gate_that_fits():
     with pytest.raises(ValueError, match="gate: a function of the number of experts"): AdaTT([trunk], heads())
     static = DSelectK(trunk, {t: nn.Sequential(nn.Flatten(), nn.Linear(64, 2)) for t in TASKS}, 4)  # a static gate fits all
     assert static(torch.randn(2, 1, 4, 4))["a"].shape == (2, 2)
+
+
+def test_a_gate_that_was_built_on_meta_knows_its_experts():
+    source, gate, x = DSelectGate(5, 2, dim=4), DSelectGate(5, 2, dim=4, device="meta").to_empty(device="cpu"), torch.randn(3, 4)
+    gate.load_state_dict(source.state_dict())
+    assert torch.equal(gate(x), source(x)) and not [*source.buffers()]

@@ -306,6 +306,12 @@ def test_hash_is_balanced_over_words_and_fixed(k):
 
 # Capacity and the plan
 
+def test_capacity_is_rounded_up_from_the_exact_number():
+    assert [capacity(*given) for given in ((100, 10, 1, 1.1), (10, 1, 1, 1.1), (101, 10, 1, 1.1), (60, 3, 2, 1), (0, 3, 2, 1.5))] == [11, 11, 12, 40, 0]
+    for n in range(1, 300):
+        for tenths in range(10, 30): assert capacity(n, 7, 3, tenths / 10) == -(-tenths * n * 3 // 70)
+
+
 def dropped_by_hand(routing, room, drop):
     "Which slots are kept, one after the other."
     before = [sum(1 for j in range(i) if routing.token[j] == t) for i, t in enumerate(routing.token)]
@@ -395,6 +401,13 @@ def test_z_loss_of_constant_logits():
     assert router_z_loss(fixed(probs)).item() == pytest.approx((2 + math.log(EXPERTS)) ** 2, rel=1e-5)
     router, x = TopK(DIM, EXPERTS, dtype=torch.float64), tokens(dtype=torch.float64)
     assert router_z_loss(router(x)).item() == pytest.approx((x @ router.gate.weight.mT).logsumexp(-1).square().mean().item())
+
+
+def test_importance_counts_dropped_slots_and_no_padding():
+    routing = make("topk")(tokens(), torch.arange(40) < 30)
+    limited = drop_overflow(routing, 5)
+    assert importance_loss(limited).item() == importance_loss(routing).item() and limited.counts().sum() < 60
+    assert importance_loss(routing).item() == pytest.approx(importance_loss(make("topk")(tokens()[:30])).item())
 
 
 def test_importance_is_the_squared_coefficient_of_variation():
