@@ -66,6 +66,7 @@ def _decide(layer, x, mask, ids):
 # %% ../nbs/30_moe.ipynb #4fc8d729
 def _note(layer, routing):
     "Keep what a batch did, unless it is computed again in the backward pass, as by activation checkpointing."
+    # A compiled graph keeps the routing that it computes again, which is the same; what counts looks for itself.
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1: return
     layer.routing = routing
     observes = type(layer.router).observe is not Router.observe

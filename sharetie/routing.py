@@ -239,11 +239,21 @@ class _Counting(Router):
         return self
 
 # %% ../nbs/30_routing.ipynb #f6b918b4
+@torch.library.custom_op("sharetie::observe", mutates_args=("load",))
+def _observe(load: Tensor, counts: Tensor) -> None:
+    "Add counts to a load, unless a compiled graph runs again within the backward pass: it cannot ask by itself."
+    if torch._C._current_graph_task_id() == -1: load += counts
+
+
+@_observe.register_fake
+def _(load, counts): return None
+
+
 class Balanced(_Counting):
     """Sigmoid scores, and a bias on the choice that `update_` moves towards equal loads.
 
     Bias and load stay in single precision, whatever the model is cast to. A batch counts once: what activation
-    checkpointing computes again, within the backward pass, does not count.
+    checkpointing computes again, within the backward pass, does not count, be it compiled or not.
     Raises ValueError where groups do not divide the experts. Sources: Wang et al. 2024; DeepSeek-V3."""
     def __init__(self,
         dim: int,  # width of a token
@@ -285,7 +295,9 @@ class Balanced(_Counting):
         bad = ~logits.isfinite().all(-1)
         return _slots(expert, weight, bad, mask, self.num_experts, logits=logits, probs=scores)
 
-    def observe(self, counts): self.load += counts
+    def observe(self, counts):
+        if torch.compiler.is_compiling(): torch.ops.sharetie.observe(self.load, counts)
+        else: self.load += counts
 
     def update_(self, group=None):
         "Move the bias by what a process group saw since the last call: once per optimizer step."

@@ -24,6 +24,13 @@ routers = pytest.mark.parametrize("router", ROUTERS)
 executions = pytest.mark.parametrize("execution", ["segments", "grouped"])
 
 
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    "Each test compiles for itself: PyTorch counts how often a function was compiled."
+    yield
+    torch.compiler.reset()
+
+
 def tokens(n=50, dtype=torch.float32, seed=0):
     return torch.randn(n, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
@@ -453,6 +460,15 @@ def test_what_is_computed_again_counts_once(reentrant):
     y.sum().backward()
     assert layer.router.load.sum() == 100 and layer.routing is routing
     assert load_balancing_loss(routing).requires_grad != reentrant
+
+
+@pytest.mark.long
+def test_what_a_compiled_layer_computes_again_counts_once():
+    layer, x = make(router="balanced"), tokens().requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for n in (1, 2):
+        checkpoint(compiled, x, use_reentrant=False).sum().backward()
+        assert layer.router.load.sum() == 100 * n and torch.equal(layer.routing.counts(), layer.router.load.long() // n)
 
 
 def test_a_refused_call_changes_nothing():
