@@ -83,7 +83,7 @@ def _fitting(argument):
     "Say which argument it was that a model could not take."
     try: yield
     except torch.OutOfMemoryError: raise
-    except (RuntimeError, IndexError, AssertionError) as error:
+    except (RuntimeError, IndexError, AssertionError, AttributeError) as error:
         raise ValueError(f"{argument}: what the model can take is expected: {error}") from error
 
 

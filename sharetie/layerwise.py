@@ -224,8 +224,9 @@ def prune_rows(
     """Take entries out of a matrix, and move the others, such that its outputs change little.
 
     Rows of equal `extra` share a matrix. Of matrices (d, d) there are as many in memory at a time as have 2^24 numbers,
-    or one; rows whose matrices are not there together compete among themselves in "block". Raises TypeError or
-    ValueError for matrices, sparsities and patterns that do not fit.
+    or one; rows whose matrices are not there together compete among themselves in "block", which also moves entries that
+    `mask` has out already: with one, "once" often loses less, and `refit` mends a part, at the cost of a system per row.
+    Raises TypeError or ValueError for matrices, sparsities and patterns that do not fit.
     Sources: Dong et al. 2017 ("once"), Frantar and Alistarh 2022 ("greedy") and 2023 ("block")."""
     _check_rows(W, H, extra)
     one_of(method, "method", _METHODS)

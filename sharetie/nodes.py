@@ -233,7 +233,7 @@ def _unit_sizes(probe):
         square = squares[name] / rows[name]
         for total, values in ((read, weight), (size, square), (count, torch.ones_like(square))):
             total.index_add_(0, at[some], values[some])
-    return (read / count).to(probe.start), (size / count).sqrt().to(probe.start)
+    return (read / count).to(_wide(probe.start)), (size / count).sqrt().to(_wide(probe.start))
 
 # %% ../nbs/40_nodes.ipynb #e4e96be7
 def onorm(

@@ -238,3 +238,7 @@ def test_masked_layers_keep_their_names():
         x = torch.ones(2, 4) if isinstance(model[0], nn.Linear) else torch.ones(2, 4).long()
         names = list(trace_units(model, x).layers)
         assert list(trace_units(prune_(model, magnitude(model), .5), x).layers) == names
+
+
+def test_inputs_of_another_kind_are_named():
+    with pytest.raises(ValueError, match="inputs: what the model can take is expected"): trace_units(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), {"a": [0]})
