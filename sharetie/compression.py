@@ -102,7 +102,7 @@ def _settings(run, rows, test, metrics):
     measured = {name: _which(f) for name, f in metrics.items()}
     return json.loads(_json({"recipe": rows, "model": model, "data": data, "loss": loss, "metrics": measured}))
 
-
+# %% ../nbs/42_compression.ipynb #8a692eda
 def _epochs_file(part, i, run, settings):
     "The file for the epochs of a stage; its name holds a check of all that decides what the stage makes."
     begun = settings | {"recipe": settings["recipe"][: i + 1]}

@@ -311,11 +311,11 @@ class Merged(Router):
     Raises TypeError or ValueError for what is no router, or for clusters that are not those of its experts."""
     def __init__(self,
         router: Router,
-        cluster: Sequence[int],  # for each expert of the router the one that it has become, from 0
+        cluster: Sequence[int] | Tensor,  # for each expert of the router the one that it has become, from 0
     ):
         nn.Module.__init__(self)
         need(isinstance(router, Router), "router", "a Router", router, TypeError)
-        cluster = [whole(c, "cluster", 0) for c in cluster]
+        cluster = [whole(c, "cluster", 0) for c in (cluster.tolist() if isinstance(cluster, Tensor) else cluster)]
         number, rows = len({*cluster}), router.num_experts
         fine = len(cluster) == rows and {*cluster} == {*range(number)}
         need(fine, "cluster", f"numbers of {rows} experts, from 0 without a gap,", cluster)

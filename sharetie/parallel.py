@@ -390,7 +390,8 @@ def sharded_optimizer_state_dict(
 ) -> dict:  # by the names of parameters; what belongs to divided experts as DTensors, in the optimizer's memory
     """An optimizer's state for torch.distributed.checkpoint: saved by some ranks, loaded by any number.
 
-    Raises ValueError for an optimizer that keeps anything else of an expert than numbers for all ranks and rows."""
+    Raises TypeError for anything but a module and an optimizer, ValueError for an optimizer of other parameters, or one
+    that keeps anything else of an expert than numbers for all ranks and rows."""
     state, parts = _optimizer_state(model, optimizer)
     for name, part in parts.items():
         rows, found = getattr(part, name.rpartition(".")[2]), dict(state["state"].get(name, {}))
@@ -408,8 +409,13 @@ def load_sharded_optimizer_state_dict(
     optimizer: torch.optim.Optimizer,  # of its parameters
     state: dict,  # of `sharded_optimizer_state_dict`, into which a checkpoint was loaded
 ):
-    "Put an optimizer into a state; raises TypeError for anything but a module and an optimizer."
+    """Put an optimizer into a state.
+
+    Raises TypeError or ValueError for anything but a module, an optimizer of its parameters, and a state of such."""
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    has = [*state] if isinstance(state, dict) else state
+    fine = isinstance(has, list) and {"state", "param_groups"} <= {*has}
+    need(fine, "state", "a dictionary with 'state' and 'param_groups'", has, TypeError)
     local, (_, parts) = dict(state["state"]), _optimizer_state(model, optimizer)
     for name in parts.keys() & local.keys():
         local[name] = {key: v.to_local() if hasattr(v, "to_local") else v for key, v in local[name].items()}
@@ -423,10 +429,14 @@ def _optimizer_state(model, optimizer):
     need(isinstance(model, nn.Module), "model", "a module", model, TypeError)
     need(isinstance(optimizer, torch.optim.Optimizer), "optimizer", "a torch optimizer", optimizer, TypeError)
     params = [p for group in optimizer.param_groups for p in group["params"]]
+    own = {*map(id, model.parameters())}
+    others = [tuple(p.shape) for p in params if id(p) not in own]
+    need(not others, "optimizer", "one of the model's parameters alone", others)
     kept = [] if optimizer.state else [p.grad for p in params]
     for p, _ in zip(params, kept): p.grad = None  # PyTorch begins a state only where there are no gradients
-    state = get_optimizer_state_dict(model, optimizer)
-    for p, grad in zip(params, kept): p.grad = grad
+    try: state = get_optimizer_state_dict(model, optimizer)
+    finally:
+        for p, grad in zip(params, kept): p.grad = grad
     owner = {id(p): part for part in model.modules() if isinstance(part, ParallelExperts) for p in part.parameters()}
     names = [name for group in state["param_groups"] for name in group["params"]]
     return state, {name: owner[id(p)] for name, p in zip(names, params, strict=True) if id(p) in owner}

@@ -330,7 +330,7 @@ class Round:
             raise ValueError(f"{name}: numbers that {self.dtype} has are expected, got {numbers[gone].abs().min().item()}, too small for it{advice}")
         return made
 
-
+# %% ../nbs/42_recipes.ipynb #519c4ce7
 _LOSS = 2**-8  # twice what bfloat16 loses of any number
 
 

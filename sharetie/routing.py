@@ -248,7 +248,7 @@ def _observe(load: Tensor, counts: Tensor) -> None:
 @_observe.register_fake
 def _(load, counts): return None
 
-
+# %% ../nbs/30_routing.ipynb #aee55702
 class Balanced(_Counting):
     """Sigmoid scores, and a bias on the choice that `update_` moves towards equal loads.
 

@@ -998,6 +998,7 @@ def test_what_cannot_be_merged():
     for cluster in ([0, 1], [0, 0, 0, 0, 0, 2], [1] * 6):
         with pytest.raises(ValueError, match="cluster: numbers of 6 experts, from 0 without a gap, is expected"): Merged(TopK(DIM, EXPERTS), cluster)
     with pytest.raises(TypeError, match="router: a Router"): Merged(nn.Linear(2, 2), [0])
+    assert Merged(TopK(DIM, 3), torch.tensor([0, 1, 1])).cluster.tolist() == [0, 1, 1]
     layer = make()
     layer(tokens(0))
     assert torch.allclose(merge_experts(layer).up.weight, layer.experts.w_in.mean(0), atol=1e-6)

@@ -539,6 +539,24 @@ def test_states_of_optimizers(one_process):
         sharded_optimizer_state_dict(layer, optimizer)
     with pytest.raises(TypeError, match="model: a module is expected, got None"): sharded_optimizer_state_dict(None, optimizer)
     with pytest.raises(TypeError, match="optimizer: a torch optimizer is expected, got 3"): sharded_optimizer_state_dict(layer, 3)
+    other = torch.optim.Adam(make().parameters())
+    for call in (sharded_optimizer_state_dict, lambda *given: load_sharded_optimizer_state_dict(*given, state)):
+        with pytest.raises(ValueError, match=r"optimizer: one of the model's parameters alone is expected, got \[\("): call(layer, other)
+    for bad, got in ((3, "3"), ({}, r"\[\]"), ({"state": {}}, r"\['state'\]")):
+        with pytest.raises(TypeError, match=f"state: a dictionary with 'state' and 'param_groups' is expected, got {got}"):
+            load_sharded_optimizer_state_dict(layer, optimizer, bad)
+    assert not other.state
+
+
+def test_gradients_come_back_where_a_state_cannot_be_taken(one_process, monkeypatch):
+    layer = make()
+    parallel_experts_(layer)
+    layer(numbers()).sum().backward()
+    before = [p.grad for p in layer.parameters()]
+    def broken(*given): raise RuntimeError("no state")
+    monkeypatch.setattr("torch.distributed.checkpoint.state_dict.get_optimizer_state_dict", broken)
+    with pytest.raises(RuntimeError, match="no state"): sharded_optimizer_state_dict(layer, torch.optim.Adam(layer.parameters()))
+    assert all(p.grad is grad for p, grad in zip(layer.parameters(), before)) and any(grad is not None for grad in before)
 
 
 def test_copies_and_pickles(one_process):
