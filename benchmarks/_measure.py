@@ -1,10 +1,11 @@
 """What every benchmark shares: medians of runs in turn, limits of the machine, a table printed and kept.
 
-All candidates of a table run in one process and in turn (first, second, third, first, …), so that whatever
-else the machine does is shared among them. Ratios of their medians are the result; milliseconds are context.
+All candidates of a table run in one process, once in each round and in an order of its own, so that whatever else
+the machine does is shared among them. Ratios of their medians are the result; milliseconds are context.
 """
 import json
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -19,11 +20,13 @@ def synchronize(device):
 
 
 def samples(candidates, device=torch.device("cpu"), runs=20, warmup=3, seconds=float("inf")):
-    "Seconds of each run of `candidates`, {name: function}, in turn after warm-up: `runs`, or two and what fits into `seconds`."
-    times, begun = {name: [] for name in candidates}, time.perf_counter()
+    """Seconds of each run of `candidates`, {name: function}, after warm-up: `runs`, or two and what fits into `seconds`.
+
+    Rounds differ in order: in a fixed one, a candidate would always find in the cache what the one before left."""
+    times, begun, order = {name: [] for name in candidates}, time.perf_counter(), random.Random(0)
     for i in range(warmup + runs):
         if i >= warmup + 2 and time.perf_counter() - begun > seconds: break
-        for name, function in candidates.items():
+        for name, function in order.sample([*candidates.items()], len(candidates)):
             synchronize(device)
             start = time.perf_counter()
             function()

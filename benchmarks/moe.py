@@ -8,12 +8,13 @@ move the bytes that must be: weights of experts that have tokens, tokens and gra
 """
 import statistics
 import sys
+from copy import deepcopy
 
 import torch
 from torch import nn
 
 from _measure import copy, keep, machine, recorded, samples
-from sharetie.moe import FeedForward, MoE
+from sharetie.moe import FeedForward, MoE, TopK
 
 try: from transformers.models.mixtral import MixtralConfig, modeling_mixtral as mixtral
 except ImportError: mixtral = None
@@ -40,7 +41,7 @@ PARTS = {"products": ["mm", "addmm", "bmm", "_grouped_mm"], "rows gathered and s
 
 
 class Loop(nn.Module):
-    "The layer as one would write it first, on the weights of ours."
+    "The layer as one would write it first, with the weights of ours."
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
@@ -121,8 +122,9 @@ def candidates(size, dtype, device):
     "The layers of one size by name, those that mix give the same; tokens; and why peers are absent."
     torch.manual_seed(0)
     made = {"device": device, "dtype": dtype}
-    layer = MoE(size["dim"], size["hidden"], size["experts"], size["top_k"], **made)
-    found, absent, x = {"ours": layer, "loop": Loop(layer)}, {}, torch.randn(size["tokens"], size["dim"], **made)
+    router = TopK(size["dim"], size["experts"], size["top_k"], renormalize=True, **made)  # as peers do, for one expert too
+    layer = MoE(size["dim"], size["hidden"], size["experts"], size["top_k"], router=router, **made)
+    found, absent, x = {"ours": layer, "loop": Loop(deepcopy(layer))}, {}, torch.randn(size["tokens"], size["dim"], **made)
     for name, make, why in peers(layer, size):
         try: found |= {} if why else {name: make()}
         except (RuntimeError, ValueError) as error: why = str(error)

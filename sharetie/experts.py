@@ -26,11 +26,11 @@ _EXPERTS = {"swiglu": ("silu", True), "geglu": ("gelu", True), "reglu": ("relu",
             "silu": ("silu", False), "gelu": ("gelu", False), "relu": ("relu", False)}
 
 
-def _activate(h, expert, axis=-1):
-    "What an expert makes of its products with the first matrix, which are along an axis."
+def _activate(h, expert):
+    "What an expert makes of its products (…, width) with the first matrix."
     name, gated = _EXPERTS[expert]
     if not gated: return _FUNCTIONS[name](h)
-    gate, up = h.chunk(2, axis)
+    gate, up = h.chunk(2, -1)
     return _FUNCTIONS[name](gate) * up
 
 # %% ../nbs/30_experts.ipynb #231a2bb5
@@ -108,7 +108,7 @@ def _segments(ends, most):
 def _at_a_time(x, rows):
     "How many rows are computed at a time: on a CPU so few that its cache holds what is between two products."
     exact = x.element_size() >= 4  # in half precision sums over parts would be rounded after each
-    return 512 if x.device.type == "cpu" and exact else max(rows, 1)
+    return 1024 if x.device.type == "cpu" and exact else max(rows, 1)
 
 
 @functools.cache
@@ -136,23 +136,23 @@ def _sum_slots(rows, row, first, weight=None):
 def _forward(x: Tensor, weight: Tensor, ends: Tensor, token: Tensor, slot: Tensor, row: Tensor, first: Tensor,
              w_in: Tensor, b_in: Tensor | None, w_out: Tensor, b_out: Tensor | None,
              expert: str, keep: bool) -> tuple[Tensor, Tensor]:
-    "The mixture (tokens, dim); and in one line, if kept, what the first matrices gave, transposed."
-    inner, end, most = w_in.shape[1], 0, _at_a_time(x, len(token))
-    hidden = x.new_empty((len(token) if keep else min(most, len(token))) * inner)
+    "The mixture (tokens, dim); and what the first matrices gave, (slots, width), if kept."
+    end, most = 0, _at_a_time(x, len(token))
+    hidden = x.new_empty(len(token) if keep else min(most, len(token)), w_in.shape[1])
     out = x.new_empty(len(token), w_out.shape[2])
     for e, begin, end, _ in _segments(ends, most):
-        h = (hidden[begin * inner:end * inner] if keep else hidden[:(end - begin) * inner]).view(inner, end - begin)
-        _product(w_in[e], x.index_select(0, token[begin:end]).mT, h)
-        if b_in is not None: h += b_in[e, :, None]
-        _product(_activate(h, expert, 0).mT, w_out[e], out[begin:end])
+        h = hidden[begin:end] if keep else hidden[:end - begin]
+        _product(x.index_select(0, token[begin:end]), w_in[e].mT, h)
+        if b_in is not None: h += b_in[e]
+        _product(_activate(h, expert), w_out[e], out[begin:end])
         if b_out is not None: out[begin:end] += b_out[e]
     out[end:] = 0  # rows that go nowhere
-    return _sum_slots(out, row, first, weight.to(x.dtype)), hidden if keep else x.new_empty(0)
+    return _sum_slots(out, row, first, weight.to(x.dtype)), hidden if keep else hidden.new_empty(0, hidden.shape[1])
 
 
 @_forward.register_fake
 def _(x, weight, ends, token, slot, row, first, w_in, b_in, w_out, b_out, expert, keep):
-    return x.new_empty(x.shape[0], w_out.shape[2]), x.new_empty(token.shape[0] * w_in.shape[1] if keep else 0)
+    return x.new_empty(x.shape[0], w_out.shape[2]), x.new_empty(token.shape[0] if keep else 0, w_in.shape[1])
 
 # %% ../nbs/30_experts.ipynb #8dd10faa
 @torch.library.custom_op("sharetie::experts_backward", mutates_args=())
@@ -165,21 +165,21 @@ def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Ten
     to_x, to_weight, to_w_in, to_b_in, to_w_out, to_b_out = asked
     inward, scale = to_x or to_w_in or to_b_in, weight[slot].to(x.dtype)
     rows, per_row = x.new_empty(len(token) * to_x, x.shape[1]), torch.zeros_like(weight)
-    inner, end = w_in.shape[1], 0
+    end = 0
     if to_b_in: db_in.zero_()
     if to_b_out: db_out.zero_()
     for e, begin, end, new in _segments(ends, _at_a_time(x, len(token))):
         at = slice(begin, end)
-        dy, h = grad.index_select(0, token[at]), hidden[begin * inner:end * inner].view(inner, end - begin)
+        dy, h = grad.index_select(0, token[at]), hidden[at]
         if inward or to_weight:
-            a, dh, dscale = _activate_backward(_product(w_out[e], dy.mT), h, scale[at], expert)
+            a, dh, dscale = _activate_backward(_product(dy, w_out[e].mT), h, scale[at], expert)
             per_row[at] = dscale if b_out is None else dscale + dy @ b_out[e]
-        elif to_w_out: a = _activate(h, expert, 0)
+        elif to_w_out: a = _activate(h, expert)
         dy *= scale[at, None]
-        if to_w_out: _product(a, dy, dw_out[e], add=not new)
-        if to_w_in: _product(dh, x.index_select(0, token[at]), dw_in[e], add=not new)
-        if to_x: _product(dh.mT, w_in[e], rows[at])
-        if to_b_in: db_in[e] += dh.sum(1)
+        if to_w_out: _product(a.mT, dy, dw_out[e], add=not new)
+        if to_w_in: _product(dh.mT, x.index_select(0, token[at]), dw_in[e], add=not new)
+        if to_x: _product(dh, w_in[e], rows[at])
+        if to_b_in: db_in[e] += dh.sum(0)
         if to_b_out: db_out[e] += dy.sum(0)
     rows[end:] = 0
     if to_x: dx = _sum_slots(rows, row, first)
@@ -192,16 +192,16 @@ def _made(tensors, asked):
 
 
 def _activate_backward(da, h, scale, expert):
-    "The activation, and the gradients of `h` and `scale`, all (width, rows); `da` is overwritten."
+    "The activation, and the gradients of `h`, both (rows, width), and of `scale`, (rows,); `da` is overwritten."
     name, gated = _EXPERTS[expert]
-    gate, up = h.chunk(2) if gated else (h, None)
+    gate, up = h.chunk(2, -1) if gated else (h, None)
     act, dh = _FUNCTIONS[name](gate), torch.empty_like(h)
     a = act * up if gated else act
-    dgate = dh[:len(gate)]
-    dscale = torch.mul(da, a, out=dgate).sum(0)
-    da *= scale
+    dgate, dup = dh.chunk(2, -1) if gated else (dh, None)
+    dscale = torch.mul(da, a, out=dgate).sum(-1)
+    da *= scale[:, None]
     if gated:
-        torch.mul(da, act, out=dh[len(gate):])
+        torch.mul(da, act, out=dup)
         da *= up
     _DERIVATIVES[name](da, gate, dgate)
     return a, dh, dscale

@@ -80,7 +80,8 @@ def _computed_in(x, weight, what):
 
 def _no_autocast(device):
     "A block in which autocast is off."
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _sizes(num_experts, top_k):
@@ -139,10 +140,11 @@ class Router(nn.Module):
     def logits(self, x, linear=None):
         "One logit for each expert, (tokens, experts), in single precision at least; NaN where not all are finite."
         dtype = torch.promote_types(x.dtype, torch.float32)
-        fine = x.detach().sum(-1, keepdim=True, dtype=dtype).isfinite()
-        if not (_at_hand(fine) and fine.all()): x = torch.where(fine, x, 0)
-        logits = F.linear(x.to(dtype), (linear or self.gate).weight.to(dtype))
-        return torch.where(fine & logits.isfinite().all(-1, keepdim=True), logits, torch.nan)
+        x, weight = x.to(dtype), (linear or self.gate).weight.to(dtype)
+        logits = F.linear(x, weight)
+        if _at_hand(logits) and math.isfinite(logits.detach().sum()): return logits
+        fine = logits.detach().isfinite().all(-1, keepdim=True)
+        return torch.where(fine, F.linear(torch.where(fine, x, 0), weight), torch.nan)  # for a gradient that is finite
 
     def observe(self, counts):
         "Take note of the number of tokens that chose each expert in a batch of training, dropped ones too."
@@ -151,10 +153,9 @@ class Router(nn.Module):
 def _slots(expert, weight, bad, mask, num_experts, **rest):
     "The routing of tokens that have the same number of experts each, both (tokens, k)."
     tokens, k = expert.shape
-    weight = weight.masked_fill(bad[:, None], torch.nan)
     valid = ~bad if mask is None else mask & ~bad
-    token = torch.arange(tokens, device=expert.device).repeat_interleave(k)
-    return Routing(token, expert.flatten(), weight.flatten(), valid.repeat_interleave(k), valid, bad,
+    token = torch.arange(tokens * k, device=expert.device) // k
+    return Routing(token, expert.flatten(), weight.flatten(), valid[token], valid, bad,
                    num_experts, **rest)
 
 # %% ../nbs/30_routing.ipynb #46f5fe03
@@ -177,7 +178,7 @@ class TopK(Router):
         probs = logits.softmax(-1)
         weight, expert = probs.topk(self.top_k, -1)
         if self.renormalize: weight = weight / weight.sum(-1, keepdim=True)
-        bad = ~logits.isfinite().all(-1)
+        bad = logits[:, 0].isnan()
         return _slots(expert, weight, bad, mask, self.num_experts, logits=logits, probs=probs)
 
 # %% ../nbs/30_routing.ipynb #663c302b
@@ -206,7 +207,7 @@ class NoisyTopK(Router):
 
     def route(self, x, mask, ids):
         clean, load = self.logits(x), None
-        bad = ~clean.isfinite().all(-1)
+        bad = clean[:, 0].isnan()
         noisy = clean
         if self.training:
             size = F.softplus(self.logits(x, self.spread)) + 1e-2
@@ -292,7 +293,7 @@ class Balanced(_Counting):
         expert = choice.topk(self.top_k, -1).indices
         weight = scores.gather(-1, expert)
         if self.renormalize: weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
-        bad = ~logits.isfinite().all(-1)
+        bad = logits[:, 0].isnan()
         return _slots(expert, weight, bad, mask, self.num_experts, logits=logits, probs=scores)
 
     def observe(self, counts):
@@ -337,7 +338,7 @@ class ExpertChoice(Router):
 
     def route(self, x, mask, ids):
         logits = self.logits(x)
-        bad = ~logits.isfinite().all(-1)
+        bad = logits[:, 0].isnan()
         probs = logits.softmax(-1)
         valid = ~bad if mask is None else mask & ~bad
         c, room = (-(-n * self.top_k // self.num_experts) for n in (len(x), valid.sum()))
@@ -376,8 +377,8 @@ class Hash(Router):
     def route(self, x, mask, ids):
         expert = self.experts[self._words(x, mask, ids), :self.top_k]
         dtype = torch.promote_types(x.dtype, torch.float32)
-        weight = torch.full(expert.shape, 1 / self.top_k, device=x.device, dtype=dtype)
-        return _slots(expert, weight, ~x.isfinite().all(-1), mask, self.num_experts)
+        weight, bad = torch.full(expert.shape, 1 / self.top_k, device=x.device, dtype=dtype), ~x.isfinite().all(-1)
+        return _slots(expert, weight.masked_fill(bad[:, None], torch.nan), bad, mask, self.num_experts)
 
     def _words(self, x, mask, ids):
         "The ids, 0 for padding; outside of compiled graphs, raise for those that the vocabulary lacks."
