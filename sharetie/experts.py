@@ -223,10 +223,12 @@ class _Segments(torch.autograd.Function):
         *tensors, ctx.expert = inputs
         ctx.save_for_backward(output[1], *tensors)
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # zeros for the second output would be as large as it
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
+        if grad is None: return (None,) * 12
         hidden, *tensors = ctx.saved_tensors
         asked = [yes for i, yes in enumerate(ctx.needs_input_grad[:11]) if i not in range(2, 7)]  # of what is no plan
         found = torch.ops.sharetie.experts_backward(grad.contiguous(), hidden, *tensors, ctx.expert, asked)
