@@ -155,6 +155,27 @@ def _(x, weight, ends, token, slot, row, first, w_in, b_in, w_out, b_out, expert
     return x.new_empty(x.shape[0], w_out.shape[2]), x.new_empty(token.shape[0] if keep else 0, w_in.shape[1])
 
 # %% ../nbs/30_experts.ipynb #8dd10faa
+def _made(tensors, asked):
+    "Room for the gradients that are asked for, and nothing for the others."
+    return [torch.empty_like(t) if yes else tensors[0].new_empty(0) for t, yes in zip(tensors, asked)]
+
+
+def _activate_backward(da, h, scale, expert):
+    "The activation, and the gradients of `h`, both (rows, width), and of `scale`, (rows,); `da` is overwritten."
+    name, gated = _EXPERTS[expert]
+    gate, up = h.chunk(2, -1) if gated else (h, None)
+    act, dh = _FUNCTIONS[name](gate), torch.empty_like(h)
+    a = act * up if gated else act
+    dgate, dup = dh.chunk(2, -1) if gated else (dh, None)
+    dscale = torch.mul(da, a, out=dgate).sum(-1)
+    da *= scale[:, None]
+    if gated:
+        torch.mul(da, act, out=dup)
+        da *= up
+    _DERIVATIVES[name](da, gate, dgate)
+    return a, dh, dscale
+
+# %% ../nbs/30_experts.ipynb #4c4f7907
 @torch.library.custom_op("sharetie::experts_backward", mutates_args=())
 def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Tensor, token: Tensor,
               slot: Tensor, row: Tensor, first: Tensor, w_in: Tensor, b_in: Tensor | None,
@@ -184,27 +205,6 @@ def _backward(grad: Tensor, hidden: Tensor, x: Tensor, weight: Tensor, ends: Ten
     rows[end:] = 0
     if to_x: dx = _sum_slots(rows, row, first)
     return dx, per_row[row] if to_weight else dweight, dw_in, db_in, dw_out, db_out
-
-
-def _made(tensors, asked):
-    "Room for the gradients that are asked for, and nothing for the others."
-    return [torch.empty_like(t) if yes else tensors[0].new_empty(0) for t, yes in zip(tensors, asked)]
-
-
-def _activate_backward(da, h, scale, expert):
-    "The activation, and the gradients of `h`, both (rows, width), and of `scale`, (rows,); `da` is overwritten."
-    name, gated = _EXPERTS[expert]
-    gate, up = h.chunk(2, -1) if gated else (h, None)
-    act, dh = _FUNCTIONS[name](gate), torch.empty_like(h)
-    a = act * up if gated else act
-    dgate, dup = dh.chunk(2, -1) if gated else (dh, None)
-    dscale = torch.mul(da, a, out=dgate).sum(-1)
-    da *= scale[:, None]
-    if gated:
-        torch.mul(da, act, out=dup)
-        da *= up
-    _DERIVATIVES[name](da, gate, dgate)
-    return a, dh, dscale
 
 # %% ../nbs/30_experts.ipynb #9593c51a
 @_backward.register_fake
