@@ -156,10 +156,9 @@ def tensor(
     need(fine, argument, kind[floating], value, TypeError)
     size = tuple(value.shape)
     if ndim is not None: need(len(size) == ndim, argument, f"a tensor of {ndim} axes", size)
-    if shape is not None:
-        fine = len(size) == len(shape) and all(n in (None, m) for n, m in zip(shape, size))
-        wanted = ", ".join("any" if n is None else str(n) for n in shape)
-        need(fine, argument, f"a tensor of shape ({wanted})", size)
+    if shape is not None and not (len(size) == len(shape) and all(n in (None, m) for n, m in zip(shape, size))):
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)  # no text of sizes in compiled graphs
+        need(False, argument, f"a tensor of shape ({wanted})", size)
     if filled: need(value.numel() > 0, argument, "a tensor with at least one element", size)
     if finite: need(value.layout == torch.strided, argument, "a dense tensor", value.layout, TypeError)
     if finite and not value.is_meta and (bad := int((~value.isfinite()).sum())):

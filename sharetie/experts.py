@@ -226,11 +226,13 @@ class _Segments(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # zeros for the second output would be as large as it
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if grad is None: return (None,) * 12
         hidden, *tensors = ctx.saved_tensors
         asked = [yes for i, yes in enumerate(ctx.needs_input_grad[:11]) if i not in range(2, 7)]  # of what is no plan
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx, dweight, *weights = _differentiable(grad, tensors, ctx.expert, asked)
+            return dx, dweight, *[None] * 5, *weights, None
         found = torch.ops.sharetie.experts_backward(grad.contiguous(), hidden, *tensors, ctx.expert, asked)
         dx, dweight, *weights = (d if yes else None for d, yes in zip(found, asked))
         return dx, dweight, *[None] * 5, *weights, None
@@ -265,21 +267,61 @@ class _Combine(torch.autograd.Function):
         dweight = (grad * rows).sum(-1).to(weight.dtype)[row] if asked[1] else None
         return grad * weight[slot].to(grad.dtype)[:, None] if asked[0] else None, dweight, *[None] * 4
 
+
+class _Spread(torch.autograd.Function):
+    "The bias of each row's expert, whose gradient is summed in single precision at least."
+    @staticmethod
+    def forward(bias, expert, ends): return bias.index_select(0, expert)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad):
+        expert, ends = ctx.saved_tensors
+        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        begin = torch.cat([ends.new_zeros(1), ends[:-1]])
+        return _sum_slots(wide, torch.arange(len(expert), device=expert.device), begin).to(grad.dtype), None, None
+
+# %% ../nbs/30_experts.ipynb #ec801e8a
+def _one_by_one(x, weight, plan, w_in, b_in, w_out, b_out, expert):
+    "The mixture, of which each operation has a derivative of its own."
+    rows, out, begin = _Gather.apply(x, plan.token, plan.row, plan.first), [], 0
+    for e, end in enumerate(plan.ends.tolist()):
+        h = rows[begin:end] @ w_in[e].mT
+        if b_in is not None: h = h + b_in[e]
+        y = _activate(h, expert) @ w_out[e]
+        out.append(y if b_out is None else y + b_out[e])
+        begin = end
+    out.append(rows.new_zeros(len(rows) - begin, w_out.shape[2]))
+    return _Combine.apply(torch.cat(out), weight, *plan[1:])
+
+
+def _differentiable(grad, tensors, expert, asked):
+    "The gradients of segments as a graph, for second derivatives."
+    x, weight, *plan = tensors[:7]
+    # Aliases: what depends on another (weights of slots on tokens) is apart from it here.
+    parts = [p if p is None else p.view_as(p) for p in (x, weight, *tensors[7:])]
+    y = _one_by_one(*parts[:2], Plan(*plan), *parts[2:], expert)
+    found = iter(torch.autograd.grad(y, [p for p, yes in zip(parts, asked) if yes], grad, create_graph=True))
+    return [next(found) if yes else None for yes in asked]
+
 # %% ../nbs/30_experts.ipynb #4f5a5ad6
 def _grouped(x, weight, plan, w_in, b_in, w_out, b_out, expert):
     "The mixture by two grouped products."
-    ends = plan.ends.int()
-    at = torch.arange(len(plan.token), device=x.device)
-    which = torch.searchsorted(plan.ends, at, right=True).clamp(max=len(w_in) - 1) if b_in is not None else None
-    full = _is_full(plan)
-    def inside(rows):  # products leave other rows unwritten, backward too
-        return rows if full else torch.where((at < plan.ends[-1])[:, None], rows, 0)
-    rows = inside(_Gather.apply(x, plan.token, plan.row, plan.first))
-    h = F.grouped_mm(rows, w_in.mT, offs=ends)
-    if b_in is not None: h = h + b_in[which]
-    out = F.grouped_mm(_activate(inside(h), expert), w_out, offs=ends)
-    if b_out is not None: out = out + b_out[which]
-    return _Combine.apply(inside(out), weight, *plan[1:])
+    rows, ends, token, first = len(plan.token), plan.ends, plan.token, plan.first
+    at, full = torch.arange(rows, device=x.device), _is_full(plan)
+    if not full:  # products leave rows of no expert unwritten: those that go nowhere are zeros of the last one
+        out = at >= ends[-1]
+        x, token = F.pad(x, (0, 0, 0, 1)), token.masked_fill(out, len(x))
+        ends, first = (torch.cat([part, part.new_full((1,), rows)]) for part in (ends[:-1], first))
+    which = torch.searchsorted(ends, at, right=True) if b_in is not None else None
+    def product(rows, w, b):
+        y = F.grouped_mm(rows, w, offs=ends.int())
+        return y if b is None else y + _Spread.apply(b, which, ends)
+    h = product(_Gather.apply(x, token, plan.row, first), w_in.mT, b_in)
+    y = product(_activate(h, expert), w_out, b_out)
+    return _Combine.apply(y if full else y.masked_fill(out[:, None], 0), weight, *plan[1:])
 
 
 def _is_full(plan):

@@ -20,7 +20,7 @@ from .errors import need, one_of, real, tensor, whole
 from .experts import *
 from .experts import _EXPERTS, _activate
 from .routing import *
-from .routing import _check_beside, _room, _without_padding
+from .routing import _at_hand, _check_beside, _room, _within_room, _without_padding
 
 # %% ../nbs/30_moe.ipynb #ba5d9651
 _all_ = ["Routing", "Router", "TopK", "NoisyTopK", "Balanced", "update_biases_", "ExpertChoice", "Hash",
@@ -59,15 +59,26 @@ def _decide(layer, x, mask, ids):
     "Where tokens (tokens, dim) go, within the room that experts have."
     routing = layer.router(x, mask, ids)
     if layer.capacity_factor is not None:
-        room = _room(len(x), routing.num_experts, layer.router.top_k, layer.capacity_factor)
-        routing = drop_overflow(routing, max(room, 1), layer.drop)
+        tokens = len(x) if mask is None else routing.valid.sum()  # padding adds no room
+        room = _room(tokens, routing.num_experts, layer.router.top_k, layer.capacity_factor)
+        routing = _within_room(routing, room, layer.drop)
     return routing
 
+
+def _seen(x, valid):
+    "Tokens, with zeros for those that experts shall not see: padding, and what is not finite."
+    return x if _at_hand(valid) and valid.all() else x.masked_fill(~valid[:, None], 0)
+
 # %% ../nbs/30_moe.ipynb #4fc8d729
+def _again():
+    "Is this computed again in a backward pass, as by activation checkpointing?"
+    # A compiled graph keeps what it computes again, which is the same; what counts looks for itself.
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def _note(layer, routing):
-    "Keep what a batch did, unless it is computed again in the backward pass, as by activation checkpointing."
-    # A compiled graph keeps the routing that it computes again, which is the same; what counts looks for itself.
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1: return
+    "Keep what a batch did, the first time that it is computed."
+    if _again(): return
     layer.routing = routing
     observes = type(layer.router).observe is not Router.observe
     if layer.training and observes: layer.router.observe(routing.counts(kept=False))
@@ -89,8 +100,8 @@ class MoE(_Mixture):
     """A mixture of experts in place of a feed-forward layer; `capacity_factor=None` drops nothing.
 
     `.routing` is that of the last batch; after `checkpoint(…, use_reentrant=True)` its losses have no gradient.
-    Raises TypeError or ValueError for bad options, for tokens, masks, ids and state dicts that do not fit;
-    a call that raises changes nothing. Sources: Shazeer et al. 2017; Dai et al. 2024."""
+    Raises TypeError or ValueError for bad options, for tokens, masks, ids and sizes in state dicts that do not
+    fit; a call that raises changes nothing, but a state dict with other names is PyTorch's error. Sources: Shazeer et al. 2017; Dai et al. 2024."""
     def __init__(self,
         dim: int,  # width of a token
         hidden: int,  # of each expert
@@ -126,7 +137,7 @@ class MoE(_Mixture):
         plan = plan_rows(routing)
         y = self.experts(flat, routing.weight, plan)
         if not self.router.every_token: y = y.masked_fill(routing.bad[:, None], torch.nan)
-        if self.shared is not None: y = y + self.shared(_without_padding(flat, mask))
+        if self.shared is not None: y = y + self.shared(_seen(flat, routing.valid))
         _note(self, routing)
         return y.reshape(x.shape)
 
@@ -149,6 +160,7 @@ def _by_slots(e, mixed, slots):
 class SoftMoE(_Mixture):
     """A soft mixture: every slot averages all tokens of a sequence, every token all slots; not causal.
 
+    `.bad` is True for tokens of the last batch that were not finite: they stay so, and are in no slot.
     Raises TypeError or ValueError for bad sizes, and for tokens, masks and state dicts that do not fit.
     Source: Puigcerver et al. 2024, section 2 and appendix E (normalization)."""
     def __init__(self,
@@ -163,8 +175,13 @@ class SoftMoE(_Mixture):
         super().__init__()
         self.slots = whole(slots, "slots", 1)
         self.experts = Experts(dim, hidden, num_experts, expert, bias, device=device, dtype=dtype)
-        self.phi = nn.Parameter(torch.randn(dim, num_experts * slots, device=device, dtype=dtype))
-        self.scale = nn.Parameter(torch.ones((), device=device, dtype=dtype))
+        self.phi = nn.Parameter(torch.empty(dim, num_experts * slots, device=device, dtype=dtype))
+        self.scale, self.bad = nn.Parameter(torch.empty((), device=device, dtype=dtype)), None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Begin with slots in random directions."
+        nn.init.normal_(self.phi), nn.init.ones_(self.scale)
 
     def forward(self,
         x: Tensor,  # (…, tokens, dim), each sequence for itself
@@ -177,14 +194,18 @@ class SoftMoE(_Mixture):
         _check_beside(x, mask)
         self.experts.computed_in(x)
         x = _without_padding(x, mask)
+        fine = x.detach().isfinite().all(-1)  # a token that is not finite is in no slot
+        seen, x = fine if mask is None else fine & mask, torch.where(fine[..., None], x, 0)
         phi = self.scale * _unit(self.phi, 0)
         logits = _unit(x, -1) @ phi.to(x.dtype)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        out = logits.isfinite().all(-1, keepdim=True)  # a token that is not finite is in no slot
-        if mask is not None: out = out & mask[..., None]
-        dispatch = torch.where(out, logits, torch.finfo(logits.dtype).min).softmax(-2) * out
-        mixed = dispatch.mT.to(x.dtype) @ torch.where(out, x, 0)
-        return logits.softmax(-1).to(x.dtype) @ _by_slots(self.experts, mixed, self.slots).to(x.dtype)
+        dispatch = torch.where(seen[..., None], logits, torch.finfo(logits.dtype).min).softmax(-2) * seen[..., None]
+        slots = _by_slots(self.experts, dispatch.mT.to(x.dtype) @ x, self.slots).to(x.dtype)
+        y = logits.softmax(-1).to(x.dtype) @ slots
+        if not _again(): self.bad = ~fine
+        return y.masked_fill(~fine[..., None], torch.nan)
+
+    def __getstate__(self): return super().__getstate__() | {"bad": None}  # copies are without it
 
 # %% ../nbs/30_moe.ipynb #819abaeb
 _NAMES = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -256,6 +277,8 @@ def upcycle(
     if bias:
         experts.b_in.copy_(torch.cat([up.bias for up in ups]))
         experts.b_out.copy_(down.bias)
+    learned = {"w_in": ups[0].weight, "w_out": down.weight, "b_in": ups[0].bias, "b_out": down.bias}
+    for name, p in experts.named_parameters(): p.requires_grad_(learned[name].requires_grad)
     for p in layer.shared.down.parameters() if layer.shared else (): p.zero_()
     for p in experts.parameters():
         if noise: p += torch.randn_like(p) * noise * p.std(correction=0)
@@ -315,10 +338,12 @@ class Merged(Router):
     ):
         nn.Module.__init__(self)
         need(isinstance(router, Router), "router", "a Router", router, TypeError)
+        need(isinstance(cluster, (Sequence, Tensor)), "cluster", "numbers of experts", cluster, TypeError)
         cluster = [whole(c, "cluster", 0) for c in (cluster.tolist() if isinstance(cluster, Tensor) else cluster)]
         number, rows = len({*cluster}), router.num_experts
         fine = len(cluster) == rows and {*cluster} == {*range(number)}
         need(fine, "cluster", f"numbers of {rows} experts, from 0 without a gap,", cluster)
+        if isinstance(router, Merged): router, cluster = router.router, [cluster[c] for c in router.cluster.tolist()]
         self.router, self.dim, self.num_experts, self.every_token = router, router.dim, number, router.every_token
         like = [*router.parameters(), *router.buffers(), torch.empty(0)][0]
         self.register_buffer("cluster", torch.tensor(cluster, device=like.device))
@@ -350,7 +375,7 @@ class Merged(Router):
 def _fewer(layer, cluster, top_k, options, merged):
     "A mixture of fewer experts, whose router goes on choosing among those that there were."
     router, e = deepcopy(layer.router), layer.experts
-    if top_k is not None: getattr(router, "router", router).top_k = top_k
+    if top_k is not None: (router.router if isinstance(router, Merged) else router).top_k = top_k
     number = int(cluster.max()) + 1
     if number < e.num_experts: router = Merged(router, cluster.tolist())
     new = MoE(e.dim, e.hidden, number, router.top_k, 0, router, capacity_factor=layer.capacity_factor,
@@ -370,14 +395,17 @@ def merge_experts(
 ) -> nn.Module:  # FeedForward for one expert, else MoE; shared experts stay beside them
     """Average experts, weighted by usage: all of them, or those of each cluster of similar ones.
 
-    The router is left as it is (`Merged`): rows that lead to experts that are alike may differ.
-    Raises TypeError for another layer, ValueError for more experts than there are, for usage or top_k that
-    does not fit. Source: Li et al. 2024, without their alignment of hidden units."""
+    The router is left as it is (`Merged`): rows that lead to experts that are alike may differ. One expert alone
+    has no router: what weights of a token that do not sum to 1 (as for top_k = 1) took from its output is gone.
+    The capacity factor stays, and so gives experts that are fewer more room. Raises TypeError for another layer,
+    ValueError for more experts than there are, for usage or top_k that does not fit. Source: Li et al. 2024,
+    without their alignment of hidden units."""
     need(isinstance(layer, MoE), "layer", "a MoE", layer, TypeError)
     e = layer.experts
     need(len(e.w_in) == e.num_experts, "layer", f"one with all {e.num_experts} experts in one place", len(e.w_in))
     number = whole(num_experts, "num_experts", 1, e.num_experts)
     if top_k is not None: whole(top_k, "top_k", 1, layer.router.top_k)
+    need(top_k is None or number > 1, "top_k", "None for one expert alone", top_k)
     usage = _usage(layer, usage).to(e.w_in.device) + 1e-12  # an unused expert still counts where it is alone
     fine = number > 1 or layer.shared is None
     need(fine, "num_experts", "at least 2 for a layer with shared experts", number)

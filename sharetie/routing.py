@@ -73,7 +73,8 @@ def _at_hand(x):
 
 def _computed_in(x, weight, what):
     "The dtype in which a tensor meets weights: that of autocast, or of both. Raises TypeError for another."
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type): return torch.get_autocast_dtype(x.device.type)
+    cast = not x.is_meta and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    if cast: return torch.get_autocast_dtype(x.device.type)
     if x.dtype != weight.dtype: need(False, "x", f"{what.format(weight.dtype)} are,", x.dtype, TypeError)
     return x.dtype
 
@@ -106,6 +107,21 @@ def _renormalizes(renormalize, num_experts, top_k):
     if renormalize and top_k == 1 < num_experts:
         warn("renormalize: the one weight of a token is 1 whatever the router says, so the output does not train it")
     return renormalize
+
+# %% ../nbs/30_routing.ipynb #4accd0b1
+class _Logits(torch.autograd.Function):
+    "A linear map of tokens whose weights learn nothing from those that are not finite."
+    @staticmethod
+    def forward(x, weight): return F.linear(x, weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, weight), asked = ctx.saved_tensors, ctx.needs_input_grad
+        learned = grad.mT @ x.nan_to_num(0, 0, 0) if asked[1] else None  # where x is replaced, grad is 0
+        return grad @ weight if asked[0] else None, learned
 
 # %% ../nbs/30_routing.ipynb #ee34af1e
 class Router(nn.Module):
@@ -141,10 +157,11 @@ class Router(nn.Module):
         "One logit for each expert, (tokens, experts), in single precision at least; NaN where not all are finite."
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, weight = x.to(dtype), (linear or self.gate).weight.to(dtype)
-        logits = F.linear(x, weight)
-        if _at_hand(logits) and math.isfinite(logits.detach().sum()): return logits
-        fine = logits.detach().isfinite().all(-1, keepdim=True)
-        return torch.where(fine, F.linear(torch.where(fine, x, 0), weight), torch.nan)  # for a gradient that is finite
+        if _at_hand(x):
+            logits = F.linear(x, weight)
+            if math.isfinite(logits.detach().sum()): return logits
+        logits = _Logits.apply(x, weight)
+        return torch.where(logits.detach().isfinite().all(-1, keepdim=True), logits, torch.nan)
 
     def observe(self, counts):
         "Take note of the number of tokens that chose each expert in a batch of training, dropped ones too."
@@ -190,6 +207,11 @@ def _chance(clean, noisy, size, k):
     return torch.special.ndtr((clean - rival) / size)
 
 # %% ../nbs/30_routing.ipynb #d6c9e786
+class _FromZero(nn.Linear):
+    "A linear map that begins with 0: softplus gives 0.69."
+    def reset_parameters(self): nn.init.zeros_(self.weight)
+
+
 class NoisyTopK(Router):
     """The experts of the largest logits after noise of a learned size has been added, in training.
 
@@ -202,16 +224,16 @@ class NoisyTopK(Router):
         device=None, dtype=None,
     ):
         super().__init__(dim, num_experts, top_k, device, dtype)
-        self.spread = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype)
-        nn.init.zeros_(self.spread.weight)  # softplus(0) = 0.69 to begin with
+        self.spread = _FromZero(dim, num_experts, bias=False, device=device, dtype=dtype)
 
     def route(self, x, mask, ids):
         clean, load = self.logits(x), None
-        bad = clean[:, 0].isnan()
         noisy = clean
         if self.training:
             size = F.softplus(self.logits(x, self.spread)) + 1e-2
             noisy = clean + torch.randn_like(clean) * size
+        bad = noisy[:, 0].isnan()
+        if self.training:
             valid = ~bad if mask is None else mask & ~bad
             load = torch.where(valid[:, None], _chance(clean, noisy, size, self.top_k), 0).sum(0)
         weight, expert = noisy.topk(self.top_k, -1)
@@ -254,7 +276,8 @@ class Balanced(_Counting):
     """Sigmoid scores, and a bias on the choice that `update_` moves towards equal loads.
 
     Bias and load stay in single precision, whatever the model is cast to. A batch counts once: what activation
-    checkpointing computes again, within the backward pass, does not count, be it compiled or not.
+    checkpointing computes again, within the backward pass, does not count, be it compiled or not. Around whole
+    experts DDP needs `broadcast_buffers=False`: else each batch begins with the counts of rank 0 on all ranks.
     Raises ValueError where groups do not divide the experts. Sources: Wang et al. 2024; DeepSeek-V3."""
     def __init__(self,
         dim: int,  # width of a token
@@ -367,12 +390,17 @@ class Hash(Router):
     ):
         nn.Module.__init__(self)
         self.dim, (self.num_experts, self.top_k) = whole(dim, "dim", 1), _sizes(num_experts, top_k)
-        words = whole(vocabulary, "vocabulary", 1)
-        generator = torch.Generator().manual_seed(whole(seed, "seed", 0))
+        words, self.seed = whole(vocabulary, "vocabulary", 1), whole(seed, "seed", 0)
+        self.register_buffer("experts", torch.empty(words, self.top_k, dtype=torch.long, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Draw the table, which the seed tells."
+        words, n = len(self.experts), self.num_experts
+        generator = torch.Generator().manual_seed(self.seed)
         place = torch.randperm(words, generator=generator)
-        steps = torch.rand(words // num_experts + 1, num_experts, generator=generator).argsort(-1)
-        table = (place[:, None] + steps[place // num_experts, :top_k]) % num_experts
-        self.register_buffer("experts", table.to(device))
+        steps = torch.rand(words // n + 1, n, generator=generator).argsort(-1)
+        self.experts.copy_((place[:, None] + steps[place // n, :self.experts.shape[1]]) % n)
 
     def route(self, x, mask, ids):
         expert = self.experts[self._words(x, mask, ids), :self.top_k]
@@ -382,7 +410,7 @@ class Hash(Router):
 
     def _words(self, x, mask, ids):
         "The ids, 0 for padding; outside of compiled graphs, raise for those that the vocabulary lacks."
-        need(ids is not None, "ids", f"the ids of {len(x)} tokens", None)
+        if ids is None: need(False, "ids", f"the ids of {len(x)} tokens", None)
         ids = ids.long() if mask is None else ids.long().masked_fill(~mask, 0)
         if torch.compiler.is_compiling() or ids.is_meta or not len(ids): return ids
         least, most = torch.stack(ids.aminmax()).tolist()
@@ -406,7 +434,9 @@ def capacity(
 
 def _room(num_tokens, num_experts, top_k, factor):
     "The room, without what rounding adds: 1.1 * 100 / 10 is a little more than 11."
-    return math.ceil(factor * num_tokens * top_k / num_experts * (1 - 1e-12))
+    if isinstance(num_tokens, Tensor): num_tokens = num_tokens.double()
+    room = factor * num_tokens * top_k / num_experts * (1 - 1e-12)
+    return room.ceil() if isinstance(room, Tensor) else math.ceil(room)
 
 
 def drop_overflow(
@@ -417,7 +447,11 @@ def drop_overflow(
     "Keep at most `room` slots per expert; raises ValueError for a room below 1 or another policy."
     _check_routing(routing)
     whole(room, "room", 1)
-    one_of(drop, "drop", ["position", "weight"])
+    return _within_room(routing, room, one_of(drop, "drop", ["position", "weight"]))
+
+
+def _within_room(routing, room, drop):
+    "The routing with as many slots of each expert as there is room for."
     slots = torch.arange(len(routing.token), device=routing.token.device)
     before = slots - torch.searchsorted(routing.token, routing.token)  # slots of the same token
     key = before if drop == "position" else -routing.weight.detach()
