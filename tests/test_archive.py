@@ -389,6 +389,7 @@ def small(folder):
     return folder / "small"
 
 
+@pytest.mark.long
 def test_every_damaged_byte_and_every_cut_is_refused(tmp_path):
     data = small(tmp_path).read_bytes()
     model = nn.Sequential(nn.Linear(20, 20), nn.BatchNorm1d(20), nn.Linear(20, 20), nn.Linear(20, 12))

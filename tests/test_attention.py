@@ -100,6 +100,7 @@ def test_attention_compiles_whole():
     for options in ({}, {"causal": True}, {"mask": mask}): torch.testing.assert_close(whole(q, k, v, **options), attention(q, k, v, **options))
 
 
+@pytest.mark.long
 def test_a_compiled_layer_takes_sequences_of_any_length():
     layer = Attention(16, 2, causal=True)
     whole = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -192,6 +193,7 @@ def test_block_by_hand():
     assert block.attention.causal and not Block(16, 2, causal=False).attention.causal
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kv", [4, 1])
 def test_state_copy_compile_autocast_meta(kv):
     torch.manual_seed(0)

@@ -92,6 +92,7 @@ def test_chapter_imports_only_earlier_chapters(path):
         assert order[modules[module]] < order[path.name], f"cell {i + 1} imports {module}, a later chapter"
 
 
+@pytest.mark.long
 def test_the_book_keeps_to_its_markdown_and_all_references_lead_somewhere():
     checked(outline(ROOT))
 
@@ -437,6 +438,7 @@ def test_table_columns_stand_left_or_right_as_a_whole():
 def processed(site, name): return read_nb(site.parent / "_proc" / f"{name}.ipynb")
 
 
+@pytest.mark.long
 def test_processed_notebooks_are_valid(toy_site):
     for path in (toy_site.parent / "_proc").glob("*.ipynb"):
         nbformat.validate(json.loads(path.read_text()))

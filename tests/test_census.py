@@ -718,6 +718,7 @@ def test_bert_and_albert(transformers):
     assert sum(row.used for row in bert if row.names[0].startswith("encoder.layer.")) == block.used
 
 
+@pytest.mark.long
 def test_gpt2_small(transformers):
     "The released model: 124,439,808 with tied embeddings."
     with torch.device("meta"):

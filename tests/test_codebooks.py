@@ -104,6 +104,7 @@ def test_weights_decide():
     assert lost(model[0].weight) <= lost(plain.codebook[plain.codes]) * (1 + 1e-6)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_compiles():
     model, x = cluster_(mlp(), 4), torch.randn(3, 8)

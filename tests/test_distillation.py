@@ -173,6 +173,7 @@ def test_the_teacher_follows_to_a_type():
     assert pupil(torch.randn(4, 3).double()).scores.dtype == torch.double
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_losses_compile():
     z, v = scores(4, 5).float(), scores(5, 4).T.float().contiguous()

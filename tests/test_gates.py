@@ -187,6 +187,7 @@ def test_model_penalty_is_that_of_all_tasks():
     with pytest.raises(RuntimeError): copy.deepcopy(each).penalty()
 
 
+@pytest.mark.long
 def test_training_chooses():
     "With `fit`, whole, and within a step: k weights at most remain, and the answers are those of the chosen experts."
     set_seed(0)

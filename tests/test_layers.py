@@ -262,6 +262,7 @@ def test_keep_ties_keeps_them_over_meta_and_assign():
     assert len(list(model.blocks.parameters())) == len(list(Block(8, 2, 16).parameters()))
 
 
+@pytest.mark.long
 def test_compiled():
     model = Model(2)
     share_layers_(model)

@@ -150,6 +150,7 @@ def test_channels_last_memory_of_odd_shapes():
 
 # What PyTorch does with layers
 
+@pytest.mark.long
 @pytest.mark.parametrize("tied", [False, True])
 def test_compile_in_one_graph(tied):
     conv, x = built(2, dict(kernel_size=3, padding=1, groups=2), dtype=torch.float32)

@@ -318,6 +318,7 @@ def test_row_19_two_embeddings_with_one_padding_row_are_fine():
     with pytest.warns(UserWarning, match="padding_idx"): tie_(model, "*.weight")
 
 
+@pytest.mark.long
 def test_row_26_a_compiled_model_takes_up_ties():
     model, x = Words(), torch.tensor([1, 2])
     compiled = torch.compile(model, backend="eager", fullgraph=True)

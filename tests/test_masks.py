@@ -200,6 +200,7 @@ def test_casts_moves_and_kept_ties():
     assert model.head.weight.is_meta and masks_of(model)["table.weight"].is_meta
 
 
+@pytest.mark.long
 def test_compile_and_gradients(model_and_input):
     model, x = model_and_input
     prune_(model, magnitude(model), .5)

@@ -197,6 +197,7 @@ def test_auto_groups_few_rows_and_the_rest_is_segments():
     with pytest.raises(ValueError, match="did you mean 'grouped'"): make(execution="group")
 
 
+@pytest.mark.long
 def test_the_operator_passes_pytorchs_own_checks():
     layer = make(num_experts=4, dtype=torch.float64, bias=True)
     x = tokens(9, torch.float64)
@@ -432,6 +433,7 @@ def test_what_stands_in_padding_reaches_no_output_and_no_gradient(router, execut
 
 # What PyTorch does with a layer
 
+@pytest.mark.long
 @pytest.mark.parametrize("router", ["topk", *(pytest.param(router, marks=pytest.mark.long) for router in ROUTERS[1:])])
 def test_compile_without_a_graph_break(router):
     layer = make(router=router, shared_experts=1).eval()
@@ -557,6 +559,7 @@ def test_a_token_that_is_not_finite_leaves_the_gradients_of_a_soft_mixture(value
     assert all(g.isfinite().all() and g.any() for g in (x.grad, *(p.grad for p in layer.parameters())))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mask", "ids", "soft"])
 def test_masks_and_ids_in_a_graph_for_any_length(kind):
     layer = SoftMoE(DIM, HIDDEN, 3) if kind == "soft" else make(router=Hash(DIM, EXPERTS, 2, vocabulary=50) if kind == "ids" else "topk")
@@ -881,6 +884,7 @@ def test_soft_mixture_keeps_nan_and_padding_to_themselves():
     assert layer(x, torch.zeros(5, 10, dtype=bool))[0].isfinite().all()
 
 
+@pytest.mark.long
 def test_soft_mixture_half_compile_and_errors():
     torch.manual_seed(0)
     layer, x = SoftMoE(DIM, HIDDEN, 3, slots=2), tokens().view(5, 10, DIM)
@@ -933,6 +937,7 @@ def test_upcycled_is_the_dense_network_and_merged_again_too(name, router):
     assert not torch.allclose(layer(x), dense(x), atol=1e-3)  # it has weights of its own
 
 
+@pytest.mark.long
 def test_upcycling_with_noise_and_with_the_mlp_of_a_llama():
     torch.manual_seed(0)
     dense = FeedForward(DIM, HIDDEN)

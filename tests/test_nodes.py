@@ -489,6 +489,7 @@ def test_losses_of_outputs_of_any_form_and_in_half_precision():
         with pytest.raises(ValueError, match="loss: a mean"): brute_force(half, own, total, batch_size=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("criterion", ["brute_force", "taylor1", "taylor2"])
 def test_scores_in_half_precision_are_no_few_numbers(criterion):
     "The loss is taken in 32 bits, and what batches give is added in them."

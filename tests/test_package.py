@@ -78,6 +78,7 @@ def built(tmp_path_factory):
     return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
 
 
+@pytest.mark.long
 def test_the_sdist_holds_what_its_wheel_is_built_from(built):
     names = {name.partition("/")[2] for name in tarfile.open(built[0]).getnames()}
     assert {"settings.ini", "setup.py", "README.md", "LICENSE"} <= names

@@ -85,6 +85,7 @@ def descended(lost, shapes, starts=6):
     return min(found)
 
 
+@pytest.mark.long
 def test_no_descent_beats_tucker_by_turns():
     w = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     def lost(parts): return (torch.einsum("tp,pqi,qs->tsi", parts[2], parts[1], parts[0]) - w).square().sum()

@@ -261,6 +261,7 @@ def test_products_can_be_quantized():
     assert words.table.up.quantized is words.head.up.quantized and words.table.down.quantized is words.head.down.quantized
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_compiles():
     for change in (quantize_, prepare_):

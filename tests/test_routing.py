@@ -103,6 +103,7 @@ def test_logits_are_in_single_precision_under_autocast_and_for_half_inputs(kind)
     assert make(kind, dtype=torch.float64).eval()(x.double()).logits.dtype == torch.float64
 
 
+@pytest.mark.long
 @kinds
 def test_state_dict_copy_meta_and_compile(kind):
     router = make(kind).eval()

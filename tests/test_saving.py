@@ -321,6 +321,7 @@ LAYOUTS = {"same": lambda w: w, "transpose": lambda w: w.t(), "rows": lambda w: 
            "row": lambda w: w[1], "flat": lambda w: w.reshape(-1), "diagonal": lambda w: w.diagonal(), "copy": lambda w: w.clone()}
 
 
+@pytest.mark.long
 @settings(max_examples=60, deadline=None)
 @given(sources=st.lists(st.tuples(st.integers(3, 5), st.integers(3, 5), st.booleans()), min_size=1, max_size=3),
        members=st.lists(st.tuples(st.integers(0, 2), st.sampled_from(sorted(LAYOUTS)), st.booleans()), max_size=6), seed=st.integers(0, 99))
@@ -820,6 +821,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_in_mid_write(tmp_path):
     save_model(tiny(), tmp_path / "model")
     before = (tmp_path / "model").read_bytes()

@@ -119,6 +119,7 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_its_ground(toy_site, open_page, scheme):
     assert open_page(toy_site / "first.html", 1600, scheme).evaluate(CONTRAST) == []
@@ -138,6 +139,7 @@ def test_search_finds_a_function_and_its_hit_leads_to_it(toy_site, open_page):
     assert page.locator("#halve_").is_visible()
 
 
+@pytest.mark.long
 def test_search_by_keyboard(toy_site, open_page):
     page = open_page(toy_site / "index.html")
     page.keyboard.press("/")
@@ -158,6 +160,7 @@ def test_search_by_keyboard(toy_site, open_page):
     assert page.locator("#results").is_hidden() and page.input_value("#search") == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keys, hit", [([], 0), (["ArrowDown"], 0), (["ArrowDown", "ArrowDown"], 1)])
 def test_enter_opens_the_marked_hit_or_the_first(toy_site, open_page, keys, hit):
     page = open_page(toy_site / "index.html")
@@ -168,6 +171,7 @@ def test_enter_opens_the_marked_hit_or_the_first(toy_site, open_page, keys, hit)
     page.wait_for_url(wanted)
 
 
+@pytest.mark.long
 def test_enter_may_come_before_the_index(toy_site, open_page):
     page = open_page(toy_site / "index.html")
     page.evaluate("""() => {
@@ -189,6 +193,7 @@ def searching(page):
     return hits
 
 
+@pytest.mark.long
 def test_search_ranks_names_first_and_finds_words_of_the_text(toy_site, open_page):
     hits = searching(open_page(toy_site / "index.html"))
     assert hits("double")[0] == "double", "the function before the headings and the prose that name it"
@@ -203,11 +208,13 @@ SLIPS = [
     ("fotnote qoutation", "double and halve_ together"), ("LIMTIS", "look"), ("duo", None), ("xyoubl", None), ("dubel", None)]
 
 
+@pytest.mark.long
 def test_search_forgives_slips(toy_site, open_page):
     hits = searching(open_page(toy_site / "index.html"))
     for query, found in SLIPS: assert found in hits(query) if found else hits(query) == [], query
 
 
+@pytest.mark.long
 def test_search_puts_what_is_meant_exactly_before_what_is_similar(toy_site, open_page):
     page = open_page(toy_site / "index.html")
     exact = searching(page)("wide")
@@ -218,6 +225,7 @@ def test_search_puts_what_is_meant_exactly_before_what_is_similar(toy_site, open
     assert page.locator("#results mark").first.inner_text().lower() == "wide"
 
 
+@pytest.mark.long
 def test_snippets_are_as_the_page_reads(toy_site, open_page):
     page = open_page(toy_site / "index.html")
     hits = searching(page)
@@ -247,6 +255,7 @@ def shades(page, box):
     return [abs(max(edge.getcolors(1 << 20))[1] - ground) for edge in edges]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width, scheme", [(380, "light"), *(pytest.param(*way, marks=pytest.mark.long) for way in [(1600, "light"), (380, "dark"), (1600, "dark")])])
 def test_what_is_wider_than_its_place_says_so_and_takes_the_keyboard(toy_site, open_page, width, scheme):
     page = open_page(toy_site / "second.html", width, scheme)
@@ -265,6 +274,7 @@ def test_what_is_wider_than_its_place_says_so_and_takes_the_keyboard(toy_site, o
     assert fits.get_attribute("tabindex") is None and fits.get_attribute("role") is None and max(shades(page, fits)) < 4
 
 
+@pytest.mark.long
 def test_the_names_of_the_rows_stay_in_sight(toy_site, open_page):
     page = open_page(toy_site / "second.html", 380)
     row = page.locator(".table-wrap tbody th").first
@@ -276,6 +286,7 @@ def test_the_names_of_the_rows_stay_in_sight(toy_site, open_page):
 def hue(color): return colorsys.rgb_to_hsv(*(c / 255 for c in color))[0] * 360
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("chosen", [None, *(pytest.param(theme, marks=pytest.mark.long) for theme in ("light", "dark"))])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_charts_take_the_ground_of_the_page_and_keep_their_hues(toy_site, open_page, scheme, chosen):
@@ -292,12 +303,14 @@ def test_charts_take_the_ground_of_the_page_and_keep_their_hues(toy_site, open_p
     assert max(abs(a - b) for a, b in zip(line, ground)) > 90, "and stands out"
 
 
+@pytest.mark.long
 def test_pictures_keep_their_colors_in_the_dark(toy_site, open_page):
     page = open_page(toy_site / "second.html", 1200, "dark")
     color = Image.open(io.BytesIO(page.locator("#fig-second-map img").screenshot())).convert("RGB").getpixel((290, 20))
     assert abs(hue(color) - hue((0xE6, 0x9F, 0))) < 4 and .75 < color[0] / 0xE6 <= 1, "only dimmed"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [380, 1600])
 def test_a_long_default_does_not_stretch_its_entry(toy_site, open_page, width):
     page = open_page(toy_site / "second.html", width)
@@ -309,6 +322,7 @@ def test_a_long_default_does_not_stretch_its_entry(toy_site, open_page, width):
     assert "Look in $HOME/<folder>/ for" in entry.inner_text() and "a path such as <folder>/name" in entry.inner_text()
 
 
+@pytest.mark.long
 def test_the_chapter_that_is_read_is_in_sight_in_a_long_list(toy_site, open_page):
     page = open_page(toy_site / "second.html")
     page.set_viewport_size({"width": 1200, "height": 160})
@@ -318,6 +332,7 @@ def test_the_chapter_that_is_read_is_in_sight_in_a_long_list(toy_site, open_page
     assert list["y"] <= box["y"] and box["y"] + box["height"] <= list["y"] + list["height"]
     assert page.evaluate("scrollY") == 0
 
+@pytest.mark.long
 def test_dark_colors_are_kept(toy_site, open_page):
     page = open_page(toy_site / "index.html", scheme="light")
     def ground(): return page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -344,6 +359,7 @@ def test_previous_and_next(toy_site, open_page):
     assert page.get_attribute("#sidebar a[aria-current=page]", "href") == "first.html"
 
 
+@pytest.mark.long
 def test_chapters_open_as_a_menu_on_a_narrow_screen(toy_site, open_page):
     page = open_page(toy_site / "first.html", 380)
     assert page.locator("#sidebar").is_hidden()
@@ -356,6 +372,7 @@ def test_chapters_open_as_a_menu_on_a_narrow_screen(toy_site, open_page):
     assert page.url.endswith("/second.html")
 
 
+@pytest.mark.long
 def test_code_is_copied(toy_site, open_page):
     page = open_page(toy_site / "index.html", permissions=["clipboard-read", "clipboard-write"])
     page.locator(".cell .sourceCode").nth(1).hover()
@@ -364,6 +381,7 @@ def test_code_is_copied(toy_site, open_page):
     assert page.evaluate("navigator.clipboard.readText()") == "double(21)"
 
 
+@pytest.mark.long
 def test_keyboard_reaches_the_text(toy_site, open_page):
     page = open_page(toy_site / "index.html")
     page.keyboard.press("Tab")
@@ -439,6 +457,7 @@ def test_api_entries(toy_site, open_page):
     assert second.locator("article p a[href='first.html#double'] code").count() == 1
 
 
+@pytest.mark.long
 def test_a_printed_page_shows_the_text_and_what_is_folded(toy_site, open_page):
     page = open_page(toy_site / "first.html", scheme="dark")
     page.emulate_media(media="print")
@@ -449,6 +468,7 @@ def test_a_printed_page_shows_the_text_and_what_is_folded(toy_site, open_page):
     assert page.locator(".output-plain pre").nth(2).evaluate("e => e.scrollHeight <= e.clientHeight + 1"), "long output is printed whole"
 
 
+@pytest.mark.long
 def test_wide_tables_and_formulas_fit_on_paper(toy_site, open_page):
     page = open_page(toy_site / "second.html")
     page.emulate_media(media="print")

@@ -596,6 +596,7 @@ def test_half_precision_means():
     torch.testing.assert_close(layer.free_weight.detach().double(), mean.detach(), rtol=.01, atol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lambda: shared(), lambda: shared(keep=torch.eye(5, dtype=torch.bool))])
 def test_compile_and_autocast(make):
     layer, x = make(), torch.randn(2, 5)

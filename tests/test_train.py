@@ -266,6 +266,7 @@ def test_losses_and_metrics_of_one_name_are_told_apart(tmp_path, kind):
     with pytest.raises(ValueError, match="metric' is of another run: metrics was m: "): run("metric", 3, m=other)
 
 
+@pytest.mark.long
 def test_a_loss_is_the_same_in_another_process(tmp_path):
     code = ("import torch.nn.functional as F; from functools import partial; from sharetie.resume import _which\n"
             "def loss(o, y): return F.cross_entropy(o, y) if o.dim() in {2, 3} or 'a' in {'a', 'b', 'c'} else None\n"

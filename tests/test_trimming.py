@@ -113,6 +113,7 @@ def network():
     return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(inplace=True), nn.Linear(8, 3)), torch.randn(80, 6)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cascade", [True, False])
 def test_layers_put_out_nearly_what_they_did(cascade):
     model, x = network()
@@ -145,6 +146,7 @@ def test_a_layer_that_something_else_reads_too_is_kept_near_everywhere():
         assert trim_(nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 2)), torch.randn(30, 4), .1)["relu"].tolist() == [wanted, False]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cascade", [True, False])
 def test_what_layers_read_and_put_out_is_held_for_one_at_a_time(cascade, monkeypatch):
     "In the order of the calls, with outputs of the whole network, and no others alive."

@@ -97,6 +97,7 @@ def test_functional_call_reaches_the_penalty():
     assert grad["model.0.weight"].tolist() == [[6, 0]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_compile_gives_the_same_and_follows_the_strength(distance):
     a, b = mlp(0, torch.float32), mlp(1, torch.float32)

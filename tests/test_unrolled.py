@@ -352,6 +352,7 @@ def test_autocast(kind):
     torch.testing.assert_close(out.float(), expected.float(), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, sharing", [("tanh", "none"), ("lstm", "all")])
 def test_compiles_whole(kind, sharing):
     torch.compiler.reset()
@@ -512,6 +513,7 @@ def test_a_state_that_cannot_be_masked(make):
         ours(x, lengths=[1, 3])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, sharing, looped", [("tanh", "none", False), ("lstm", "all", False), ("gru", 2, True)])
 def test_compiles_whole_with_lengths(kind, sharing, looped):
     torch.compiler.reset()
@@ -522,6 +524,7 @@ def test_compiles_whole_with_lengths(kind, sharing, looped):
         torch.testing.assert_close(compiled(x, lengths=lengths), ours(x, lengths=lengths))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bad", [0, 4, -1])
 @pytest.mark.parametrize("sharing, looped", [("all", False), (2, True)])
 def test_a_compiled_network_refuses_lengths_that_do_not_fit(bad, sharing, looped):
