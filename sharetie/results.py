@@ -75,7 +75,9 @@ class Comparison(pd.DataFrame):
     ) -> pd.DataFrame:  # of text, "mean ± standard deviation"
         "The table for reading: one column per metric; raises ValueError for a part without mean and std."
         whole(digits, "digits", 0)
-        def cell(row): return f"{row['mean']:.{digits}f} ± {row['std']:.{digits}f}"
+        def cell(row):
+            shown = 0 if row["std"] == 0 and float(row["mean"]).is_integer() else digits  # as of counts
+            return f"{row['mean']:.{shown}f} ± {row['std']:.{shown}f}"
         return pd.DataFrame({m: self[m].apply(cell, axis=1) for m in _metrics(self)})
 
     def draw(
