@@ -76,7 +76,8 @@ class Comparison(pd.DataFrame):
         "The table for reading: one column per metric; raises ValueError for a part without mean and std."
         whole(digits, "digits", 0)
         def cell(row):
-            shown = 0 if row["std"] == 0 and float(row["mean"]).is_integer() else digits  # as of counts
+            count = row["std"] == 0 and row["mean"] >= 100 and float(row["mean"]).is_integer()
+            shown = 0 if count else digits
             return f"{row['mean']:.{shown}f} ± {row['std']:.{shown}f}"
         return pd.DataFrame({m: self[m].apply(cell, axis=1) for m in _metrics(self)})
 

@@ -69,7 +69,7 @@ def test_mean_deviation_and_number():
     assert table.loc["a"].tolist() == [3, 2, 3] and table.loc["b"].tolist() == [6, 4, 3]
     assert table.runs["seed"].tolist() == [1, 3, 5, 1, 3, 5] and table.index.tolist() == ["a", "b"]
     assert table.rounded(1).loc["b", "value"] == "6.0 ± 4.0"
-    assert compare({"counts": lambda seed: 7., "rates": lambda seed: .5}, range(2)).rounded(2)["value"].tolist() == ["7 ± 0", "0.50 ± 0.00"]
+    assert compare({"counts": lambda seed: 700., "rates": lambda seed: 1.}, range(2)).rounded(2)["value"].tolist() == ["700 ± 0", "1.00 ± 0.00"]
 
 
 def test_a_nan_is_not_left_out():
