@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .aggregation import aligned, cagrad, checked_generator, graddrop, gradvac, imtl, mgda, nash, pcgrad, upgrad
-from .errors import need, one_of, real, tensor
+from .errors import function, need, one_of, real, tensor
 from .tasks import Multitask
 
 # %% ../nbs/21_balancing.ipynb #bee986a1
@@ -39,6 +39,14 @@ def _finite(losses, on_nan):
     if bad and on_nan == "raise": raise ValueError(f"losses: finite numbers are expected, got {losses[bad[0]].item()} in {bad}")
     if len(bad) == len(losses): raise ValueError(f"losses: a finite number is expected in one task at least, got none in {bad}")
     return {name: loss.reshape(()) for name, loss in losses.items() if name not in bad}
+
+
+def _of_nothing(penalty):
+    "What a penalty gives, checked to be a finite number; None if there is nothing to add a gradient of."
+    if penalty is None: return None
+    value = tensor(function(penalty, "penalty", ())(), "penalty", floating=True, finite=True)
+    need(value.numel() == 1, "penalty", "a function to a scalar", tuple(value.shape))
+    return value.reshape(()) if value.requires_grad else None
 
 # %% ../nbs/21_balancing.ipynb #5c1e7a07
 def _parameters(shared):
@@ -130,8 +138,9 @@ class Balancer(_OfTasks):
         shared: nn.Module | Iterable[Tensor],
         representation: Tensor | None = None,  # output of the shared part, all that heads see of it
         scaler: "torch.amp.GradScaler | None" = None,  # of mixed precision: gradients are left scaled
+        penalty: Callable | None = None,  # function of nothing to a scalar, whose gradient is added as it is
     ) -> Tensor:  # (tasks in the batch,), the weights or coefficients used
-        "Add to the gradients of all parameters that the losses depend on."
+        "Add to the gradients of all parameters that the losses and the penalty depend on."
         for name, loss in _scalars(losses).items(): need(loss.requires_grad, f"losses[{name!r}]", "a loss with a gradient", "one without")
         fine = scaler is None or isinstance(scaler, torch.amp.GradScaler)
         need(fine, "scaler", "a torch.amp.GradScaler or None", scaler, TypeError)
@@ -142,7 +151,8 @@ class Balancer(_OfTasks):
         own = isinstance(shared, Multitask) and representation is None
         must = list(shared.parameters()) if own else parameters
         for name, found in reach.items(): self._check_attached(name, *found, must, representation)
-        try: return self._backward(losses, [leaves for leaves, _ in reach.values()], parameters, representation, scaler)
+        leaves, penalty = [found for found, _ in reach.values()], _of_nothing(penalty)
+        try: return self._backward(losses, leaves, parameters, representation, scaler, penalty)
         except _Sparse as error: need(False, _name_of(error.p, shared), "a Parameter with dense gradients", "sparse ones")
 
     def _check_attached(self, name, leaves, met, shared, representation):
@@ -177,11 +187,12 @@ class LossWeights(Balancer):
     ) -> tuple[Tensor, Tensor]:  # the objective, a scalar, and the weights (tasks,) that it gives to the losses
         raise NotImplementedError
 
-    def _backward(self, losses, leaves, shared, representation, scaler):
+    def _backward(self, losses, leaves, shared, representation, scaler, penalty):
         meeting, objective, weights = _meeting(leaves, shared, representation), 0., torch.ones(0)
         together = {name: loss for (name, loss), meets in zip(losses.items(), meeting) if meets}
         if together: objective, weights = self.weigh(torch.stack([*together.values()]), [*together])
         objective = objective + sum(loss for name, loss in losses.items() if name not in together)
+        if penalty is not None: objective = objective + penalty
         (objective if scaler is None else scaler.scale(objective)).backward()
         return _among(meeting, weights.detach())
 
@@ -500,6 +511,15 @@ def _gram_over(group, rows, z):
     dist.all_reduce(gram, group=group)
     return gram / dist.get_world_size(group) ** 2
 
+
+def _touched(leaves, shared, z, penalty):
+    "The leaves whose gradients are not combined: of heads, below a representation, and all of a penalty."
+    found, own = {key: p for some in leaves for key, p in some.items()}, {id(p) for p in shared}
+    if z is None: found = {key: p for key, p in found.items() if key not in own}
+    else: found |= _leaves(z)[0] or {id(z): z}
+    if penalty is not None: found |= _leaves(penalty)[0]
+    return [*found.values()]
+
 # %% ../nbs/21_balancing.ipynb #fc647d5d
 class GradientBalancer(Balancer):
     """Combines the gradients of the tasks with respect to the shared parameters.
@@ -526,22 +546,21 @@ class GradientBalancer(Balancer):
         a = self.coefficients(gram, losses)
         return _add_up(rows, a.tolist()), a
 
-    def _backward(self, losses, leaves, shared, z, scaler):
-        try: return self._combined(losses, leaves, shared, z, scaler)
+    def _backward(self, losses, leaves, shared, z, scaler, penalty):
+        try: return self._combined(losses, leaves, shared, z, scaler, penalty)
         except _NotFinite as error:
             if self.on_nan == "raise" or len(error.tasks) == len(losses): raise
             fine = [name not in error.tasks for name in losses]
         losses = {name: loss for (name, loss), good in zip(losses.items(), fine) if good}
-        return self._combined(losses, [own for own, good in zip(leaves, fine) if good], shared, z, scaler)
+        return self._combined(losses, [own for own, good in zip(leaves, fine) if good], shared, z, scaler, penalty)
 
-    def _combined(self, losses, leaves, shared, z, scaler):
+    def _combined(self, losses, leaves, shared, z, scaler, penalty):
         scaled = [loss if scaler is None else scaler.scale(loss) for loss in losses.values()]
+        extra = [] if penalty is None else [penalty if scaler is None else scaler.scale(penalty)]
         meeting, keep = _meeting(leaves, shared, z), self.on_nan == "skip"
         together = {name: loss for (name, loss), meets in zip(losses.items(), meeting) if meets}
-        touched = {key: p for own in leaves for key, p in own.items()}
-        if z is None: touched = {key: p for key, p in touched.items() if key not in {id(p) for p in shared}}
-        else: touched |= _leaves(z)[0] or {id(z): z}
-        with _Apart(list(touched.values()), self.group):
+        with _Apart(_touched(leaves, shared, z, penalty), self.group):
+            _own_gradients(extra, [], True)  # first, while there is the graph that it may have in common with the losses
             rows = _own_gradients(scaled, shared, keep) if z is None else _own_slopes(scaled, leaves, z, keep)
             rows = [row for row, meets in zip(rows, meeting) if meets]
             combined, a = self._step(rows, together, z, scaler) if rows else ([], torch.ones(0))

@@ -68,6 +68,7 @@ def auxiliary_loss(
 ) -> Tensor | float:  # 0 for a model without mixtures
     """The losses of all routers of a model for the last batch, added up over layers.
 
+    With divided experts they are of each rank's own tokens, where `totals` is of all.
     Raises ValueError where no batch was before. Source: Fedus et al. 2022; Zoph et al. 2022."""
     balance, z, total = real(balance, "balance", low=0), real(z, "z", low=0), 0.
     for layer in [part for part in model.modules() if isinstance(part, MoE)]:

@@ -229,11 +229,28 @@ def _check_experts(state, start, n, l):
     saved = len({name[len(start):].split(".")[0] for name in state if name.startswith(start)})
     need(saved in (0, n), "state_dict", f"one of {n} experts in level {l}", saved)
 
+
+def _check_units(state, start, level):
+    "Raise unless what units have of their own, such as a gate for the experts that they hear, has its size in a state dict."
+    for name, p in level.named_parameters():
+        kind, unit = name.split(".")[:2]
+        if kind == "experts" or not isinstance(saved := state.get(start + name), Tensor): continue
+        need(saved.shape == p.shape, start + name, f"a tensor of shape {tuple(p.shape)}, as {unit!r} has it,", tuple(saved.shape))
+
+
+def _answered(head, x, argument):
+    "What a head gives; where it fails, TypeError or ValueError if its input does not fit."
+    try: return head(x)
+    except RuntimeError:
+        _checked_input(head, x, argument)
+        raise
+
 # %% ../nbs/31_mixtures.ipynb #609c375b
 class Gated(Multitask):
     """Levels of experts and gates, under heads.
 
-    Raises as `Multitask` does, and ValueError for a state dict of other numbers of experts."""
+    Raises as `Multitask` does, and ValueError for a state dict of other numbers of experts, and for
+    a head of another width."""
     def __init__(self,
         heads: Mapping[str, nn.Module],  # by task
         levels: Callable,  # function of the tasks' names to a list of `Level`
@@ -254,7 +271,7 @@ class Gated(Multitask):
 
     def answer(self, x, tasks):
         for level, units in zip(self.levels, self._asked(tasks)): x = level(x, units)
-        return {task: self.heads[task](x[self.reads(task)]) for task in tasks}
+        return {task: _answered(self.heads[task], x[self.reads(task)], f"heads[{task!r}]") for task in tasks}
 
     def parts(self, task):
         asked = zip(self.levels, self._asked([task]))
@@ -263,6 +280,7 @@ class Gated(Multitask):
     def _load_from_state_dict(self, state, prefix, *others):
         for l, level in enumerate(self.levels):
             _check_experts(state, f"{prefix}levels.{l}.experts.", len(level.experts), l)
+            _check_units(state, f"{prefix}levels.{l}.", level)
         super()._load_from_state_dict(state, prefix, *others)
 
 # %% ../nbs/31_mixtures.ipynb #d7cc4a1b

@@ -403,27 +403,91 @@ def test_an_overflow_reaches_the_scaler():
 
 # Processes
 
-def two_steps(name, form):
+def two_steps(name, form, extra):
     "The gradients after two steps on this process's half of the batch."
     net, x = setting(n=8)
     method = every(name, group=dist.group.WORLD)
     for _ in range(2):
         z, losses = losses_of(net, x.chunk(2)[dist.get_rank()])
-        method.backward(losses, net.trunk, representation=z if form == "representation" else None)
+        method.backward(losses, net.trunk, representation=z if form == "representation" else None, penalty=penalty_of(net, x, z) if extra else None)
     return flat(p.grad for p in net.parameters()).numpy()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name, form", [("nash", "exact"), ("pcgrad", "representation")])
-def test_two_processes_take_the_step_of_one(tmp_path, name, form):
-    found = in_two_processes(two_steps, tmp_path, name, form)
+@pytest.mark.parametrize("name, form, extra", [("nash", "exact", False), ("pcgrad", "representation", False), ("mgda", "exact", True), ("nash", "representation", True)])
+def test_two_processes_take_the_step_of_one(tmp_path, name, form, extra):
+    found = in_two_processes(two_steps, tmp_path, name, form, extra)
     net, x = setting(n=8)
     method = every(name)
     for _ in range(2):
         z, losses = losses_of(net, x)
-        method.backward(losses, net.trunk, representation=z if form == "representation" else None)
+        method.backward(losses, net.trunk, representation=z if form == "representation" else None, penalty=penalty_of(net, x, z) if extra else None)
     expected = flat(p.grad for p in net.parameters())
     for grads in found: torch.testing.assert_close(torch.from_numpy(grads), expected, rtol=1e-6, atol=1e-9)
+
+
+# A penalty beside the losses
+
+def penalty_of(net, x, z):
+    "Of weights of both parts, of the batch's graph, and of a head that no loss of two tasks reaches."
+    return lambda: 2 * z.square().mean() + net.trunk[0].weight.square().sum() + sum(head.weight.square().sum() for head in net.heads.values())
+
+
+@pytest.mark.parametrize("form", ["exact", "representation"])
+@pytest.mark.parametrize("scale", [None, 1024.])
+def test_the_gradient_of_a_penalty_is_added_once(name, form, scale):
+    found = []
+    for added in (False, True):
+        net, x = setting()
+        for p in net.parameters(): p.grad = torch.ones_like(p)  # of a batch before
+        z, losses = losses_of(net, x, ["a", "c"])
+        penalty = penalty_of(net, x, z)
+        own = torch.autograd.grad(penalty(), [*net.parameters()], retain_graph=True, allow_unused=True)
+        scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+        options = {"generator": set_seed(3)} if name in ("random", "graddrop") else {}
+        torch.manual_seed(3)
+        a = every(name, **options).backward(losses, net.trunk, z if form == "representation" else None, scaler, penalty if added else None)
+        found.append((a, [p.grad for p in net.parameters()]))
+    torch.testing.assert_close(found[0][0], found[1][0], equal_nan=True)  # weights are of the losses alone
+    for without, g, p in zip(found[0][1], own, found[1][1]):
+        torch.testing.assert_close(p, without if g is None else without + (scale or 1) * g, rtol=1e-6, atol=1e-9)
+
+
+def test_a_penalty_that_shares_the_graph_comes_too_late_afterwards(name):
+    net, x = setting()
+    z, losses = losses_of(net, x)
+    every(name).backward(losses, net.trunk, penalty=penalty_of(net, x, z))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"): penalty_of(net, x, z)().backward()
+
+
+def test_a_penalty_without_a_gradient_adds_nothing():
+    found = []
+    for penalty in (None, lambda: torch.zeros(())):
+        net, x = setting()
+        FromGram(nash).backward(losses_of(net, x)[1], net.trunk, penalty=penalty)
+        found.append(flat(p.grad for p in net.parameters()))
+    assert torch.equal(*found)
+
+
+def test_a_penalty_is_added_once_where_a_task_sits_out():
+    found = []
+    for tasks in (TASKS, ["a", "c"]):
+        net, x = setting()
+        z, losses = losses_of(net, x, tasks)
+        if "b" in tasks: losses["b"] = losses["b"] + (0 * net.trunk[2].bias).abs().sqrt().sum()  # finite, with a gradient of NaN
+        FromGram(nash, on_nan="skip").backward(losses, net.trunk, penalty=penalty_of(net, x, z))
+        found.append(flat(p.grad for p in net.parameters() if p is not net.heads["b"].bias))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("penalty, words, error", [
+    (3., "penalty: a function of nothing is expected, got 3.0", TypeError), (torch.ones(()), "penalty: a function of nothing", TypeError),
+    (lambda x: x, r"penalty: a function of nothing is expected, got <lambda>\(x\)", TypeError), (lambda: 1., "penalty: a floating point tensor is expected, got 1.0", TypeError),
+    (lambda: torch.ones(2), r"penalty: a function to a scalar is expected, got \(2,\)", ValueError), (lambda: torch.tensor(math.nan), "penalty: finite numbers are expected", ValueError)])
+def test_a_penalty_is_a_function_to_a_finite_number(penalty, words, error):
+    for name in ("equal", "nash"):
+        net, x = setting()
+        refused(every(name), losses_of(net, x)[1], net.trunk, words, error, net, penalty=penalty)
 
 
 # Bad input: an error before any gradient is touched

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from schemes import CHECKS, TASKS, TRUNKS, mlp, scalar
+from sharetie.balancing import RULES, WITH_TASKS, WITHOUT_TASKS, balancer
 from sharetie.gates import AdaTT, DSelectGate, DSelectK, Gate, MMoE, NativeLevel, gate_means, gate_weights, selection_penalty, smooth_step
 from sharetie.multitask import Single, TaskLosses, sharing
 from sharetie.results import set_seed
@@ -185,6 +186,22 @@ def test_model_penalty_is_that_of_all_tasks():
     each.penalty().backward()
     assert all(gate.bits.weight.grad.any() for gate in each.levels[0].gates.values())
     with pytest.raises(RuntimeError): copy.deepcopy(each).penalty()
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_TASKS, *WITH_TASKS, *RULES])
+def test_a_balancer_adds_the_penalty_of_gates_that_go_by_examples(name):
+    set_seed(0)
+    x, found = torch.randn(20, 6), []
+    net = DSelectK(expert(), heads(), 5, k=2, dim=6, entropy=.1)
+    for penalty in (None, net.penalty):
+        net.zero_grad()
+        torch.manual_seed(1)
+        losses = {task: y.square().mean() for task, y in net(x).items()}
+        own = torch.autograd.grad(net.penalty(), [*net.parameters()], retain_graph=True, allow_unused=True)
+        balancer(name, TASKS).backward(losses, net, penalty=penalty)
+        found.append([p.grad for p in net.parameters()])
+    assert any(g is not None and g.any() for g in own)
+    for without, g, p in zip(found[0], own, found[1]): torch.testing.assert_close(p, without if g is None else without + g)
 
 
 @pytest.mark.long

@@ -1,12 +1,14 @@
 "Mixtures for several tasks: against loops, extremes, who uses what, files, labels that are missing, bad input."
 import copy
 import itertools
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from schemes import CHECKS, TASKS, TRUNKS, mlp, scalar, setting
+from sharetie.gates import AdaTT
 from sharetie.mixtures import BATCHABLE, CGC, PLE, Gate, Gated, Level, MMoE, OMoE, alike, draw_gates, gate_means, gate_weights, mixed, together
 from sharetie.multitask import Hard, Single, TaskLosses, sharing
 from sharetie.results import set_seed
@@ -361,6 +363,27 @@ def test_other_numbers_of_experts_are_refused_and_nothing_is_loaded():
     for strict in (True, False):
         with pytest.raises(ValueError, match="one of 3 experts in level 0 is expected, got 2"): many.load_state_dict(few.state_dict(), strict=strict)
     assert all(torch.equal(v, before[k]) for k, v in many.state_dict().items())
+
+
+def test_other_numbers_of_a_task_s_own_experts_are_refused_and_nothing_is_loaded():
+    for build in (lambda own: CGC(expert(), heads(), own), lambda own: PLE([expert(), expert(8, 8)], heads(), own), lambda own: AdaTT([expert()], heads(), own)):
+        one, other = build({"a": 2, "b": 3, "c": 2}), build({"a": 3, "b": 2, "c": 2})
+        before, kind = copy.deepcopy(other.state_dict()), "native.a" if isinstance(one, AdaTT) else "gates.a.linear.weight"
+        for part, state, name in ((other, one.state_dict(), "levels"), (nn.ModuleList([other]), nn.ModuleList([one]).state_dict(), "0.levels")):
+            sizes = [tuple(state[f"{name}.0.{kind}"].shape), tuple(before[f"levels.0.{kind}"].shape)]
+            message = f"{name}.0.{kind}: a tensor of shape {sizes[1]}, as 'a' has it, is expected, got {sizes[0]}"
+            with pytest.raises(ValueError, match=re.escape(message)): part.load_state_dict(state)
+        assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_a_head_that_does_not_fit_is_named():
+    narrow = {"a": nn.Linear(8, 1), "b": nn.Sequential(nn.ReLU(), nn.Linear(9, 1)), "c": nn.LazyLinear(1)}
+    for model in (MMoE(expert(), narrow), CGC(expert(), narrow), AdaTT([expert()], narrow)):
+        with pytest.raises(ValueError, match=r"heads\['b'\]: an input of 9 features on axis -1 is expected, got \(4, 8\)"): model(torch.ones(4, 6))
+    assert MMoE(expert(), {"c": narrow["c"]})(torch.ones(4, 6))["c"].shape == (4, 1)  # a lazy one takes what comes
+    class Broken(nn.Module):
+        def forward(self, x): raise RuntimeError("of its own")
+    with pytest.raises(RuntimeError, match="of its own"): MMoE(expert(), {"a": Broken()})(torch.ones(4, 6))
 
 
 BUILDERS = {"mmoe": MMoE, "omoe": OMoE, "cgc": CGC, "ple": lambda e, h: PLE([e, expert(8, 8)], h)}

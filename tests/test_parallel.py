@@ -204,19 +204,19 @@ def with_the_rest(wrap):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     rank, (x, y), net, copies = dist.get_rank(), data(), Net(), None
-    if rank and wrap == "DDP": nn.init.zeros_(net.first.weight)  # DDP takes that of rank 0
+    if rank and "DDP" in wrap: nn.init.zeros_(net.first.weight)  # DDP takes that of rank 0
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "experts"))
     if wrap == "copies": copies = mesh["copies"]
     parallel_experts_(net, mesh["experts"] if wrap == "copies" else None)
     if wrap == "FSDP2": model = fully_shard(net, ignored_params={*expert_parameters(net).values()})
-    else: model = data_parallel(net)
+    else: model = nn.parallel.DistributedDataParallel(net) if wrap == "plain DDP" else data_parallel(net)
     norms = train(model, net.layers, x[rank::2], y[rank::2], copies=copies)
     if wrap != "FSDP2": state = whole_model(net).state_dict()
     else: state = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in sharded_state_dict(net).items()}
     return {name: p.numpy() for name, p in state.items()}, norms
 
 
-@pytest.mark.parametrize("wrap", ["DDP", "FSDP2", "copies"])
+@pytest.mark.parametrize("wrap", ["DDP", "plain DDP", "FSDP2", "copies"])
 def test_a_model_trains_on_two_processes_as_on_one(tmp_path, wrap):
     net, (x, y) = Net(), data()
     norms = train(net, net.layers, x, y)
@@ -224,6 +224,40 @@ def test_a_model_trains_on_two_processes_as_on_one(tmp_path, wrap):
     for state, found in in_two_processes(with_the_rest, tmp_path, wrap):
         np.testing.assert_allclose(found, norms, rtol=1e-4)
         assert_close(state, {name: p.numpy() for name, p in net.state_dict().items()}, rtol=1e-3, atol=1e-5)
+
+
+def wrapped_elsewhere():
+    "What the first batch says in DDP around more or less than the model that was divided, and which experts DDP leaves alone."
+    rank, x, found = dist.get_rank(), numbers(dtype=torch.float32), {}
+    for name, part in {"more": lambda net: nn.Sequential(net), "less": lambda net: net.layers[0]}.items():
+        net = Net()
+        parallel_experts_(net)
+        before = net.layers[0].experts.w_in.detach().clone()
+        model = nn.parallel.DistributedDataParallel(part(net))
+        try: model(x[rank::2])
+        except ValueError as error: found[name] = str(error)
+        net = Net()
+        parallel_experts_(net)
+        data_parallel(part(net))(x[rank::2]).sum().backward()
+        assert torch.equal(net.layers[0].experts.w_in, before) and net.layers[0].experts.w_in.grad.any(), name
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(net)), nn.parallel.DistributedDataParallel(whole_model(net))
+    return found, [sorted(name for name in each.parameters_to_ignore if "experts.w" in name) for each in wrapped]
+
+
+def test_ddp_around_more_or_less_than_was_divided_says_so_on_all_ranks(tmp_path):
+    said = "model: data_parallel around it (DDP put one rank's experts in the place of all) is expected, got DistributedDataParallel"
+    for found, (divided, whole) in in_two_processes(wrapped_elsewhere, tmp_path):
+        assert found == {"more": said, "less": said}
+        assert divided == [f"layers.{i}.experts.w_{way}" for i in range(2) for way in ("in", "out")] and whole == []
+
+
+def test_what_was_noted_for_ddp_stays(one_process):
+    net = nn.Sequential(nn.Linear(DIM, DIM), make(router="balanced", bias=True))
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["0.bias"])
+    parallel_experts_(net)
+    for model in (data_parallel(net), nn.parallel.DistributedDataParallel(net)):
+        assert model.parameters_to_ignore == {"0.bias", "1.router.load", *expert_parameters(net)}
+    assert nn.parallel.DistributedDataParallel(whole_model(net)).parameters_to_ignore == {"0.bias", "1.router.load"}
 
 
 def half_by_fsdp():
