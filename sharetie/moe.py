@@ -87,11 +87,13 @@ def _note(layer, routing):
 class _Mixture(nn.Module):
     "A layer with experts that looks at all sizes in a state dict before it copies anything."
     def _load_from_state_dict(self, state, prefix, *others):
+        part_of = state.get(prefix + "experts._extra_state")
         for name, own in (*self.named_parameters(), *self.named_buffers()):
             if not isinstance(saved := state.get(prefix + name), Tensor): continue
             part = name.startswith("experts.") and saved.ndim > 0 and len(saved) == self.experts.num_experts
             fine = saved.shape[part:] == own.shape[part:]  # a rank takes its part of all experts
-            need(fine, prefix + name, f"a tensor of shape {tuple(own.shape)}", tuple(saved.shape))
+            need(fine, prefix + name, f"a tensor of shape {tuple(own.shape)}", tuple(saved.shape) if part_of is None else
+                 "those of one rank, {} to {} of {}".format(*map(int, part_of)))
         if getattr(self.experts, "divided", False): self.experts._check_part(state, prefix + "experts.")
         super()._load_from_state_dict(state, prefix, *others)
 

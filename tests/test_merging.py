@@ -145,6 +145,7 @@ def kernels():
             "similar": similarity_kernel(torch.randn(20, 5, generator=draw), beta=.02)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("name", kernels())
 def test_draws_against_enumeration(name, k):

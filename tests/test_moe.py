@@ -770,6 +770,13 @@ def test_merged_twice_with_fewer_choices():
     with pytest.raises(TypeError, match="cluster: numbers of experts is expected, got None"): Merged(layer.router, None)
 
 
+def test_the_part_of_a_rank_says_so():
+    layer, state = make(), make().state_dict() | {"experts._extra_state": torch.tensor([0, 2, 6])}
+    for name in ("experts.w_in", "experts.w_out"): state[name] = state[name][:3]
+    with pytest.raises(ValueError, match=r"experts.w_in: a tensor of shape \(6, 48, 16\) is expected, got 'those of one rank, 0 to 2 of 6'"):
+        layer.load_state_dict(state)
+
+
 def test_what_is_frozen_stays_frozen_in_copies():
     dense = FeedForward(DIM, HIDDEN, bias=True)
     dense.up.requires_grad_(False)

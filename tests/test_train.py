@@ -833,6 +833,7 @@ def plain():
     return nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not dist.is_available(), reason="this PyTorch is without torch.distributed")
 @pytest.mark.parametrize("f, name", [(with_ddp, "ddp"), pytest.param(with_fsdp, "fsdp", marks=pytest.mark.long)])
 def test_two_processes_train_like_one(tmp_path, f, name):
