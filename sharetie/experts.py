@@ -244,10 +244,22 @@ class _Gather(torch.autograd.Function):
     def forward(x, token, row, first): return x.index_select(0, token)
 
     @staticmethod
-    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[2:])
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx, grad): return _sum_slots(grad.contiguous(), *ctx.saved_tensors), None, None, None
+    def backward(ctx, grad): return _Sum.apply(grad.contiguous(), *ctx.saved_tensors), None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    "The sum of the rows of each token, without weights: each of the two is the other's derivative."
+    @staticmethod
+    def forward(rows, token, row, first): return _sum_slots(rows, row, first)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, grad): return _Gather.apply(grad, *ctx.saved_tensors), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -281,7 +293,8 @@ class _Spread(torch.autograd.Function):
         expert, ends = ctx.saved_tensors
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
         begin = torch.cat([ends.new_zeros(1), ends[:-1]])
-        return _sum_slots(wide, torch.arange(len(expert), device=expert.device), begin).to(grad.dtype), None, None
+        rows = torch.arange(len(expert), device=expert.device)
+        return _Sum.apply(wide, expert, rows, begin).to(grad.dtype), None, None
 
 # %% ../nbs/30_experts.ipynb #ec801e8a
 def _one_by_one(x, weight, plan, w_in, b_in, w_out, b_out, expert):

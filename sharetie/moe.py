@@ -59,7 +59,7 @@ def _decide(layer, x, mask, ids):
     "Where tokens (tokens, dim) go, within the room that experts have."
     routing = layer.router(x, mask, ids)
     if layer.capacity_factor is not None:
-        tokens = len(x) if mask is None else routing.valid.sum()  # padding adds no room
+        tokens = len(x) if mask is None else mask.sum()  # padding adds no room
         room = _room(tokens, routing.num_experts, layer.router.top_k, layer.capacity_factor)
         routing = _within_room(routing, room, layer.drop)
     return routing

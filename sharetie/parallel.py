@@ -141,7 +141,7 @@ class _Part(_Saved):
         need(now == self.size, "group", f"the size {self.size} that experts were divided for", now)
         wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
         lost = wrapper is not None and any(p is self.w_in for p in wrapper._module_parameters)
-        need(not lost, "model", "data_parallel around it (DDP put one rank's experts in the place of all)", type(wrapper))
+        need(not lost or self.size == 1, "model", "data_parallel around it (DDP put one rank's experts in the place of all)", type(wrapper))
         return x.to(self.computed_in(x))
 
 # %% ../nbs/32_parallel.ipynb #d12a068f
@@ -212,6 +212,7 @@ def parallel_experts_(
 ) -> list[str]:  # the names of the layers
     """Divide the experts of a model over the ranks of a group; routers and shared experts stay whole.
 
+    DDP leaves divided experts alone, those of a group of one rank too: `average_copies_` averages copies.
     Make the optimizer afterwards. Raises ValueError for no such layer, or a group that does not fit."""
     need(isinstance(model, nn.Module), "model", "a module", model, TypeError)
     need(isinstance(average, bool), "average", "True or False", average, TypeError)

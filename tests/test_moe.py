@@ -719,6 +719,16 @@ def test_second_derivatives_are_those_of_the_loop(execution):
     assert torch.allclose(found[0], expected[0], atol=1e-5)
 
 
+@executions
+def test_products_with_the_second_derivative(execution):
+    layer, x, v = make(execution=execution, bias=True), tokens(20), tokens(20, seed=4)
+    def f(x): return layer(x).tanh().sum()
+    given = x.clone().requires_grad_()
+    slopes, = torch.autograd.grad(f(given), given, create_graph=True)
+    expected, = torch.autograd.grad((slopes * v).sum(), given)
+    assert torch.allclose(torch.autograd.functional.hvp(f, x, v)[1], expected, atol=1e-5)
+
+
 def test_second_derivatives_of_segments_by_differences():
     torch.manual_seed(0)
     layer = MoE(2, 3, 3, 2, expert="swiglu", bias=True, dtype=torch.float64, execution="segments")
@@ -733,6 +743,8 @@ def test_padding_gives_no_room(drop):
     y, dropped = layer(x), statistics(layer.routing)["dropped"]
     padded = layer(torch.cat([x, tokens(160, seed=1)]), torch.arange(200) < 40)
     assert dropped > 0 and statistics(layer.routing)["dropped"] == dropped and torch.allclose(padded[:40], y, atol=1e-6)
+    x[:12] = torch.nan
+    assert torch.equal(layer(x)[12:], layer(x, torch.ones(40, dtype=torch.bool))[12:])
 
 
 def test_under_autocast_double_precision_stays():

@@ -690,3 +690,11 @@ def test_bad_input(one_process):
     with pytest.raises(TypeError, match="model: a module is expected, got None"): average_copies_(None, None)
     for f in (expert_parameters, whole_model, sharded_state_dict):
         with pytest.raises(TypeError, match="model: a module is expected, got None"): f(None)
+
+
+def test_plain_ddp_around_experts_of_one_rank_loses_nothing(one_process):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(MoE(8, 6, 4, bias=True)), torch.randn(10, 8)
+    parallel_experts_(model)
+    y = model(x)
+    assert torch.equal(nn.parallel.DistributedDataParallel(nn.Sequential(model))(x), y)
