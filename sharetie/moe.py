@@ -103,7 +103,8 @@ class MoE(_Mixture):
 
     `.routing` is that of the last batch; after `checkpoint(…, use_reentrant=True)` its losses have no gradient.
     Raises TypeError or ValueError for bad options, for tokens, masks, ids and sizes in state dicts that do not
-    fit; a call that raises changes nothing, but a state dict with other names is PyTorch's error. Sources: Shazeer et al. 2017; Dai et al. 2024."""
+    fit; a call that raises changes nothing, but a state dict with other names is PyTorch's error.
+    Sources: Shazeer et al. 2017; Dai et al. 2024."""
     def __init__(self,
         dim: int,  # width of a token
         hidden: int,  # of each expert
@@ -130,7 +131,7 @@ class MoE(_Mixture):
 
     def forward(self,
         x: Tensor,  # (…, dim)
-        mask: Tensor | None = None,  # (…), False for padding: it goes to no routed expert, and shared ones see 0
+        mask: Tensor | None = None,  # (…), False for padding: no routed expert has it or room for it, shared ones see 0
         ids: Tensor | None = None,  # (…), for routers that go by what a token is
     ) -> Tensor:  # (…, dim)
         "Send each token to its experts, and add up what they make of it."
