@@ -9,14 +9,18 @@ def known_flags():
     return set(get_config().tst_flags.split())
 
 
-def flags_on():
-    "The flags that run here; an unknown one is an error, for a misspelt flag would silently run nothing."
-    import torch
+def flags_asked():
+    "The flags that SHARETIE_FLAGS names, and `long`; an unknown one is an error, for a misspelt flag would silently run nothing."
     asked = set(os.environ.get("SHARETIE_FLAGS", "").split())
     if asked - known_flags():
         raise ValueError(f"unknown flag {', '.join(sorted(asked - known_flags()))}; known: {', '.join(sorted(known_flags()))}")
-    if asked: asked.add("long")  # larger sections build on the long ones
-    return asked | ({"gpu"} if torch.cuda.is_available() else set())
+    return asked | {"long"} if asked else asked  # larger sections build on the long ones
+
+
+def flags_on():
+    "The flags that run here."
+    import torch
+    return flags_asked() | ({"gpu"} if torch.cuda.is_available() else set())
 
 
 def flags_off():

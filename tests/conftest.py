@@ -3,11 +3,13 @@
 A test or chapter section with a flag (`long`, `gpu`, `slow`, `mnist`, `adult`, `conll`) runs when SHARETIE_FLAGS names
 it; `gpu` runs wherever CUDA is. `make test FLAGS="slow mnist"` sets the variable.
 """
+import gc
 import os
 import shutil
 import sys
 from pathlib import Path
 
+gc.disable()  # looking through all that is imported and collected, again and again, takes as long as the rest of it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel processes, before torch is imported
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -16,15 +18,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "book")]
 
-from flags import flags_off, flags_on
-from processes import process_group
+from flags import flags_asked, flags_off
 
 DATA = ROOT.parent / "shared" / "data"
 if DATA.is_dir(): os.environ.setdefault("SHARETIE_DATA", str(DATA))
 
 
 def pytest_configure(config):
-    flags_on()  # an unknown flag fails here, once, and not in every test
+    flags_asked()  # an unknown flag fails here, once, and not in every test
 
 
 def pytest_collection_modifyitems(items):
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(items):
         for flag in sorted(off & {mark.name for mark in item.iter_markers()}):
             why = "no CUDA device" if flag == "gpu" else f'run with make test FLAGS="{flag}"'
             item.add_marker(pytest.mark.skip(reason=f"{flag}: {why}"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    "What was imported stays until the end: only what the tests make is looked through."
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -58,6 +66,7 @@ def graphs_of_their_own():
 @pytest.fixture
 def one_process(tmp_path):
     "A process group of one."
+    from processes import process_group  # only here: pytest's first process needs no torch
     with process_group(tmp_path): yield
 
 

@@ -1,4 +1,5 @@
 "Every chapter is a test: all its cells run, from top to bottom, but for the flagged ones that are off."
+import atexit
 import json
 from collections import Counter
 
@@ -24,12 +25,26 @@ class Shell(CaptureShell):
         super().__init__(path, mpl_format="png")
         if "long" in flags_off(): self.run_cell("set_matplotlib_formats()")
 
+    def close(self):
+        "Let go of the shell: IPython would keep it, and all that its chapter made, until the process ends."
+        atexit.unregister(self.atexit_operations)  # it clears the names too, which operators that a chapter registered still read
+        self.history_manager.end_session()
+        self.history_manager.close()
+
+
+@pytest.fixture
+def shells(monkeypatch):
+    "The shells that nbdev makes to run chapters; they are closed after the test."
+    shells = []
+    monkeypatch.setattr("nbdev.test.CaptureShell", lambda path: shells.append(Shell(path)) or shells[-1])
+    yield shells
+    for shell in shells: shell.close()
+
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
-def test_chapter(path, record_property, capfd, monkeypatch):
-    monkeypatch.setattr("nbdev.test.CaptureShell", Shell)
+def test_chapter(path, record_property, capfd, shells):
     passed, _ = run_notebook(path, skip_flags=flags_off(), basepath=ROOT)
-    assert passed, capfd.readouterr().err
+    assert shells and passed, capfd.readouterr().err
     for flag, count in flags_of(path).items():
         why = "no CUDA device" if flag == "gpu" else f'make test FLAGS="{flag}" runs them'
         record_property("left_out", f"{path.stem}: {count} cells flagged {flag} ({why})")
