@@ -1,5 +1,6 @@
 "The chapters as a book: exports in sync, notebooks clean, one Markdown for both renderers, references that lead somewhere."
 import ast
+import functools
 import json
 import re
 import shutil
@@ -81,11 +82,17 @@ def imports(path):
             yield from ((i, n.split(".")[1]) for n in names if n.startswith("sharetie."))
 
 
+@functools.cache
+def order_of_chapters():
+    "{notebook: its place}: by number, then as they are read."
+    read = [name for name, _ in entries(yaml.safe_load((ROOT / "_quarto.yml").read_text())["book"]["chapters"])]
+    return {name: (re.match(r"\d*", name)[0], i) for i, name in enumerate(read)}
+
+
 @by_name
 def test_chapter_imports_only_earlier_chapters(path):
     if path.stem == "index": return
-    read = [name for name, _ in entries(yaml.safe_load((ROOT / "_quarto.yml").read_text())["book"]["chapters"])]
-    order = {name: (re.match(r"\d*", name)[0], read.index(name)) for name in read}  # by number, then as they are read
+    order = order_of_chapters()
     modules = {re.sub(r"^\d+[a-z0-9]*_", "", p.stem): p.name for p in NOTEBOOKS}
     for i, module in imports(path):
         assert module in modules, f"cell {i + 1} imports {module}, which no chapter exports"

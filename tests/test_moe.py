@@ -175,7 +175,7 @@ def test_grouped_products_where_no_one_may_look_for_full_rows(options, monkeypat
     assert torch.allclose(y, z, atol=1e-6) and same(grads, others, atol=1e-5) and all(g.isfinite().all() for g in others)
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "geglu", "gelu", "silu"])
+@pytest.mark.parametrize("kind", ["swiglu", "gelu", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("geglu", "silu"))])
 @pytest.mark.parametrize("router", ["topk", "balanced", "expert choice"])
 def test_gradcheck_of_the_segments(kind, router, monkeypatch):
     monkeypatch.setattr("sharetie.experts._at_a_time", lambda x, rows: 2)
@@ -1094,15 +1094,22 @@ def test_a_merged_layer_is_a_layer_like_others(router, tmp_path):
     built = MoE(DIM, HIDDEN, 3, 3, 1, Merged(make(3, router).router, [0, 1, 2, 2, 1, 0]), bias=True)
     load_model(built, tmp_path / "merged.safetensors")
     assert torch.equal(built(x), layer(x)) and layer(x[:0]).shape == (0, DIM)
-    y, grads = gradients(layer, x, layer)
-    z, others = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, layer)
-    assert torch.allclose(y, z, atol=1e-6) and same(grads, others, atol=1e-5) and all(g.abs().sum() > 0 for g in grads)
+    assert all(g.abs().sum() > 0 for g in gradients(layer, x, layer)[1])
     assert load_balancing_loss(layer.routing).requires_grad and layer.routing.counts().shape == (3,)
     twice = merge_experts(layer, 2)
     assert twice.router.router.gate.out_features == EXPERTS and twice(x).isfinite().all()
     limited = merge_experts(make(3, router, capacity_factor=1.), 3)
     limited(x)
     assert limited.routing.counts().max() <= 50
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("router", ["topk", "expert choice"])
+def test_a_merged_layer_compiles_whole(router):
+    layer, x = merge_experts(make(3, router, bias=True, shared_experts=1), 3), tokens()
+    y, grads = gradients(layer, x, layer)
+    z, others = gradients(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, layer)
+    assert torch.allclose(y, z, atol=1e-6) and same(grads, others, atol=1e-5)
 
 
 def test_merged_experts_are_balanced_as_such():

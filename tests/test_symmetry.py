@@ -122,7 +122,7 @@ def test_blur_is_the_direct_sum(size, row, stride, mode):
     for i, j in itertools.product(range(size), repeat=2): direct += weights[i, j] * padded[..., i:i + 7, j:j + 6]
     np.testing.assert_allclose(y.detach().numpy(), direct[..., ::stride, ::stride], atol=1e-12)
     assert y.shape == (2, 3, math.ceil(7 / stride), math.ceil(6 / stride))
-    assert torch.autograd.gradcheck(pool, x)
+    assert torch.autograd.gradcheck(pool, x[:1, :2])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
