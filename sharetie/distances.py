@@ -52,11 +52,13 @@ def _sum_dtype(tensor):
 # %% ../nbs/04_distances.ipynb #6693758b
 _CHUNK = 1 << 20   # elements per piece: 4 MiB of float32 stay in cache, and few threads' meetings are lost
 _BUCKET = 1 << 20  # elements per node of the graph: a backward pass holds few gradients at a time
+_SHORT = 1 << 14   # elements up to which calls take longer than the work: such weights go in lists
 
 
 def _pieces(*tensors):
     "Walk flat views of contiguous tensors of one size piece by piece."
-    return zip(*(t.detach().view(-1).split(_CHUNK) for t in tensors))
+    flat = [t.detach().view(-1) for t in tensors]
+    return [flat] if len(flat[0]) <= _CHUNK else zip(*(torch.split(t, _CHUNK) for t in flat))  # a third of `Tensor.split`'s time
 
 
 def _scratch(tensors):
@@ -71,6 +73,24 @@ def _difference(a, b, scratch):
     d = scratch[a.device, _sum_dtype(a)][:a.numel()]
     return torch.sub(a, b, out=d) if a.dtype == d.dtype else d.copy_(a).sub_(b)
 
+# %% ../nbs/04_distances.ipynb #0985de0e
+def _are_short(tensors):
+    "Does each take less time to work through than a few calls do?"
+    return all(t.numel() <= _SHORT for t in tensors)
+
+
+def _list_differences(x, y):
+    "The differences of whole lists of tensors."
+    return torch._foreach_sub(_accurate(x), _accurate(y))
+
+
+def _list_slopes_(kind, delta, factors, differences):
+    "Turn differences, in place, into factor·ρ'."
+    slopes, times = zip(*(_rho_slope_(kind, d, delta) for d in differences))
+    torch._foreach_mul_(slopes, [n * factor for n, factor in zip(times, factors)])
+    return slopes
+
+
 # %% ../nbs/04_distances.ipynb #2b21c930
 class _PairSums(torch.autograd.Function):
     "Per pair the sum of ρ(x - y) over CPU tensors; the backward pass keeps the weights alone."
@@ -80,11 +100,8 @@ class _PairSums(torch.autograd.Function):
         ctx.kind, ctx.delta = kind, delta
         ctx.save_for_backward(*tensors)
         half = len(tensors) // 2
-        scratch = _scratch(tensors)
         with torch.autocast("cpu", enabled=False):
-            return torch.stack([
-                sum(_rho_sum(kind, _difference(a, b, scratch), delta) for a, b in _pieces(x, y))
-                for x, y in zip(tensors[:half], tensors[half:])])
+            return torch.stack(_sums_of(kind, delta, tensors[:half], tensors[half:]))
 
     @staticmethod
     def backward(ctx, upstream):
@@ -95,19 +112,33 @@ class _PairSums(torch.autograd.Function):
             wanted = [t for t, n in zip(tensors, needed) if n]
             grads = iter(torch.autograd.grad(sums, wanted, upstream, create_graph=True))
             return None, None, *(next(grads) if n else None for n in needed)
-        grads = [torch.empty_like(t) if n else None for t, n in zip(tensors, needed)]
-        scratch = _scratch(tensors)
-        for a, b, ga, gb, factor in zip(x, y, grads[:half], grads[half:], upstream.tolist()):
-            _write_slopes(ctx.kind, ctx.delta, factor, (a, b), (ga, gb), scratch)
-        return None, None, *grads
+        slopes = _slopes_of(ctx.kind, ctx.delta, upstream.tolist(), x, y, needed)
+        return None, None, *slopes
+
 
 # %% ../nbs/04_distances.ipynb #43ee817c
-def _write_slopes(kind, delta, factor, pair, grads, scratch):
-    "Write `factor`·ρ'(x - y) to the gradient of x, its negative to that of y; None is left out."
-    outs = [(grad, sign * factor) for grad, sign in zip(grads, (1, -1)) if grad is not None]
-    for a, b, *pieces in _pieces(*pair, *(grad for grad, _ in outs)):
-        slope, times = _rho_slope_(kind, _difference(a, b, scratch), delta)
-        for piece, (_, scale) in zip(pieces, outs): torch.mul(slope, times * scale, out=piece)
+def _sums_of(kind, delta, x, y):
+    "The sums of ρ(x - y): short weights as lists, long ones piece by piece."
+    if _are_short(x): return [_rho_sum(kind, d.view(-1), delta) for d in _list_differences(x, y)]
+    scratch = _scratch(x)
+    return [sum(_rho_sum(kind, _difference(u, v, scratch), delta) for u, v in _pieces(a, b)) for a, b in zip(x, y)]
+
+
+def _slopes_of(kind, delta, factors, x, y, needed):
+    "Factor·ρ'(x - y) for every x, then its negative for every y; None where it is not `needed`."
+    if _are_short(x):
+        slopes = _list_slopes_(kind, delta, factors, _list_differences(x, y))
+        both = zip((*slopes, *torch._foreach_neg(slopes)), (*x, *y), needed)
+        return [slope.to(t.dtype) if n else None for slope, t, n in both]
+    grads = [torch.empty_like(t) if n else None for t, n in zip((*x, *y), needed)]
+    scratch, half = _scratch(x), len(x)
+    for a, b, ga, gb, factor in zip(x, y, grads[:half], grads[half:], factors):
+        outs = [(grad, sign * factor) for grad, sign in ((ga, 1), (gb, -1)) if grad is not None]
+        for u, v, *pieces in _pieces(a, b, *(grad for grad, _ in outs)):
+            slope, times = _rho_slope_(kind, _difference(u, v, scratch), delta)
+            for piece, (_, scale) in zip(pieces, outs): torch.mul(slope, times * scale, out=piece)
+    return grads
+
 
 # %% ../nbs/04_distances.ipynb #112929cd
 def _buckets(x, y, elements=_BUCKET):
@@ -120,6 +151,16 @@ def _buckets(x, y, elements=_BUCKET):
             start, size = i + 1, 0
 
 
+def _by_size(short, long, x, *lists):
+    "`short` of the pairs of short weights and `long` of the others, each (pairs,), in the order of `x`."
+    order = sorted(range(len(x)), key=lambda i: x[i].numel() > _SHORT)
+    cut = sum(t.numel() <= _SHORT for t in x)
+    sums = [walk(*([values[i] for i in places] for values in (x, *lists)))
+            for walk, places in ((short, order[:cut]), (long, order[cut:])) if places]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)[torch.tensor(order).argsort()]
+
+
+# %% ../nbs/04_distances.ipynb #ae32e67d
 def _is_plain(tensor):
     "Is it a dense contiguous tensor of values, and no subclass?"
     dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
@@ -129,9 +170,11 @@ def _is_plain(tensor):
 def _pair_sums(kind, delta, x, y):
     "Per pair the sum of ρ(x - y): shape (pairs,), float32 or float64."
     plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    by_pieces = all(t.device.type == "cpu" and _is_plain(t) for t in (*x, *y))
-    if plain or not by_pieces: return _plain_sums(kind, delta, x, y)
-    return torch.cat([_PairSums.apply(kind, delta, *a, *b) for a, b in _buckets(x, y)])
+    on_cpu = all(t.device.type == "cpu" and _is_plain(t) for t in (*x, *y))
+    if plain or not on_cpu: return _plain_sums(kind, delta, x, y)
+    def walk(x, y): return torch.cat([_PairSums.apply(kind, delta, *a, *b) for a, b in _buckets(x, y)])
+    return _by_size(walk, walk, x, y)
+
 
 # %% ../nbs/04_distances.ipynb #055aa70f
 DISTANCES = ("squared_l2", "l1", "huber", "group", "cosine")
@@ -224,16 +267,16 @@ def _grad_of(tensor):
 def _add_lists(kind, delta, x, y, factors):
     "Walk tensors on any device by kernels over lists; (pairs,) the distances."
     sums, factors = [], iter(factors)
-    for a, b in _buckets(x, y, 32 * _BUCKET):
-        d = torch._foreach_sub(_accurate(a), _accurate(b))
+    for a, b in _buckets(x, y, _BUCKET if x[0].device.type == "cpu" else 32 * _BUCKET):
+        d = _list_differences(a, b)
         sums += [_rho_sum(kind, v.flatten(), delta) for v in d]
-        slopes, times = zip(*(_rho_slope_(kind, v, delta) for v in d))
-        torch._foreach_mul_(slopes, [n * next(factors) for n in times])
+        slopes = _list_slopes_(kind, delta, factors, d)
         for tensors, add_ in ((a, torch._foreach_add_), (b, torch._foreach_sub_)):
             trained = [(t, slope) for t, slope in zip(tensors, slopes) if t.requires_grad]
             for t, _ in trained: t.grad = torch.zeros_like(t) if t.grad is None else t.grad
             if trained: add_([t.grad for t, _ in trained], [slope for _, slope in trained])
     return torch.stack(sums)
+
 
 # %% ../nbs/04_distances.ipynb #5fbdd740
 def _add_compiled(kind, delta, x, y, factors):
@@ -298,9 +341,11 @@ def add_slopes_(
     if not all(t.is_leaf for t in (*x, *y)): raise ValueError("x, y: leaves of the graph are expected")
     if not can_add_slopes(x, y, distance):
         raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous dense tensors")
-    by_lists = all(t.device.type != "cpu" for t in x) and len({*x, *y}) == 2 * len(x)
-    add = _add_compiled if compiled else _add_lists if by_lists else _add_pieces
-    return add(distance, delta, x, y, factors)
+    if compiled: return _add_compiled(distance, delta, x, y, factors)
+    lists, pieces = (partial(add, distance, delta) for add in (_add_lists, _add_pieces))
+    if x[0].device.type == "cpu": return _by_size(lists, pieces, x, y, factors)
+    return (lists if len({*x, *y}) == 2 * len(x) else pieces)(x, y, factors)
+
 
 # %% ../nbs/04_distances.ipynb #7e2149cf
 def shrink(

@@ -172,8 +172,8 @@ def _memory(w):
 def _check_alike(label, name, first, member, map):
     "Raise unless a member is of the device, dtype and shape of the first."
     through = "" if map is None else " after its map"
-    for what in ("device", "dtype", "shape"):
-        a, b = (getattr(w, what) for w in (first, member.tensor))
+    own = member.tensor
+    for what, a, b in (("device", first.device, own.device), ("dtype", first.dtype, own.dtype), ("shape", first.shape, own.shape)):
         if a == b: continue
         a, b = (tuple(v) if what == "shape" else v for v in (a, b))
         hint = "; a map from the first to the others would tie them"

@@ -53,7 +53,7 @@ class _Groups:
 
     def parameters(self) -> list[Tensor]:
         "Every tied tensor once, as it is now."
-        return list({id(m.tensor): m.tensor for g in self.groups.values() for m in g}.values())
+        return list({id(t := m.tensor): t for g in self.groups.values() for m in g}.values())
 
 # %% ../nbs/04_penalty.ipynb #1e96e4b8
 class _Compared(_Groups):

@@ -30,9 +30,8 @@ def accumulate_grad_(
     need(isinstance(compiled, bool), "compiled", "True or False", compiled, TypeError)
     scale, moving = nonnegative(scale, "scale"), _moving(penalty, "accumulate_grad_")
     x, y = penalty._lists(penalty.groups)
-    own = {id(t) for t in penalty.parameters()}
-    direct = own.issuperset(id(t) for t in (*x, *y))  # no map and no mean in between
-    if direct and can_add_slopes(x, y, penalty.distance):
+    between = any(penalty.maps[g] is not None or penalty._plan(g)[0] for g in penalty.groups)  # a map, or a mean
+    if not between and can_add_slopes(x, y, penalty.distance):
         factors = (scale * penalty._weights).tolist()
         distances = add_slopes_(x, y, factors, penalty.distance, penalty.delta, compiled)
         return penalty._weighted(distances)
@@ -44,10 +43,10 @@ def accumulate_grad_(
 
 def _moving(penalty, who):
     "The members that are trained, all of them leaves of the graph."
-    moving = [t for t in penalty.parameters() if t.requires_grad]
-    computed = [m.name for group in penalty.groups.values() for m in group
-                if m.owner is not None and not isinstance(m.tensor, nn.Parameter)]
+    tensors = [(m, m.tensor) for group in penalty.groups.values() for m in group]
+    computed = [m.name for m, t in tensors if m.owner is not None and not isinstance(t, nn.Parameter)]
     need(not computed, who, "a Parameter for every member", computed)
+    moving = list({id(t): t for _, t in tensors if t.requires_grad}.values())
     fine = all(t.is_leaf for t in moving)
     need(fine, who, "a group of leaves of the graph, such as Parameters,", "computed tensors")
     return moving

@@ -15,9 +15,10 @@ SUMS = ("squared_l2", "l1", "huber")
 SHAPES = [(2, 3), (), (0,), (7,), (1 << 10) + 5, (33, 100)]  # empty, scalar, one and several pieces and buckets
 
 
-@pytest.fixture
-def small_pieces(monkeypatch):
-    "Pieces and buckets of 1,024 elements, so that small tensors have several."
+@pytest.fixture(params=[-1, 8, 1 << 14], ids=["all long", "short and long", "all short"])
+def small_pieces(request, monkeypatch):
+    "Pieces and buckets of 1,024 elements, so that small tensors have several; up to so many elements go in lists."
+    monkeypatch.setattr(distances, "_SHORT", request.param)
     monkeypatch.setattr(distances, "_CHUNK", 1 << 10)
     monkeypatch.setattr(distances, "_BUCKET", 1 << 10)
     monkeypatch.setattr(distances._buckets, "__defaults__", (1 << 10,))
@@ -79,7 +80,9 @@ def test_layouts_that_are_not_contiguous(distance):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_finite_differences_agree(distance):
+@pytest.mark.parametrize("short", [-1, 1 << 14])
+def test_finite_differences_agree(distance, short, monkeypatch):
+    monkeypatch.setattr(distances, "_SHORT", short)
     x, y = torch.randn(3, dtype=torch.float64, requires_grad=True), torch.randn(3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: pair_distances([a], [b], distance, 0.5), (x, y))
     assert torch.autograd.gradgradcheck(lambda a, b: pair_distances([a], [b], distance, 0.5), (x, y))
