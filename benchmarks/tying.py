@@ -12,6 +12,7 @@ from _measure import copy, extra_memory, keep, machine, medians
 from sharetie.tying import TiePenalty, accumulate_grad_
 
 STRENGTH = 0.01
+RUNS = 60  # other work on a shared machine makes single runs differ by half
 
 
 def transformer(device):
@@ -57,12 +58,12 @@ def main(device):
             run()
             torch.testing.assert_close(torch.cat([p.grad.flatten() for p in b.parameters()]), expected)
         memory = {name: extra_memory(run, device) / (4 * count) for name, run in runs.items()}
-        times = medians({"copy": copy(count, device), **runs}, device)
+        times = medians({"copy": copy(count, device), **runs}, device, runs=RUNS)
         limit = 2 * times.pop("copy")  # a copy reads and writes each number once; the limit reads two and writes two
         rows = [{"": name, "ms": 1e3 * t, "loop / this": times["loop"] / t, "this / limit": t / limit, "extra memory (gradients)": memory[name]}
                 for name, t in times.items()]
         keep(f"tying_{device.type}_{'fresh' if fresh else 'kept'}", rows, gradients="freed before each step" if fresh else "kept",
-             parameters=count, tensors=tensors, limit_ms=round(1e3 * limit, 2), runs=20, machine=machine(device))
+             parameters=count, tensors=tensors, limit_ms=round(1e3 * limit, 2), runs=RUNS, machine=machine(device))
 
 
 if __name__ == "__main__":
