@@ -72,9 +72,9 @@ class order_docs(Processor):
 
 
 def defined(cell):
-    "The functions and classes that `cell` defines, as text; empty for constants, which are shown unfolded."
+    "The functions and classes that `cell` defines, as text, but for `_`; empty for constants, which are shown unfolded."
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return ", ".join(n.name for n in ast.parse(cell.source).body if isinstance(n, kinds))
+    return ", ".join(n.name for n in ast.parse(cell.source).body if isinstance(n, kinds) and n.name != "_")
 
 
 class Filter(FilterDefaults):
