@@ -419,8 +419,8 @@ def draw_gates(
     ax.imshow(table, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(table.values):
         for j, q in enumerate(row):
-            if q == q: ax.text(j, i, f"{q:.2f}", ha="center", va="center", fontsize=7, color="w" if q > .6 else "k")
-    ax.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", fontsize=7)
+            if q == q: ax.text(j, i, f"{q:.2f}", ha="center", va="center", fontsize=8, color="w" if q > .6 else "k")
+    ax.set_xticks(range(table.shape[1]), table.columns, rotation=45, ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(table)), table.index)
     ax.set(xlabel="expert", ylabel="unit")
     ax.grid(False)
