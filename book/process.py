@@ -148,21 +148,27 @@ def white(content):
     return sum(pixels[250:]) / sum(pixels)
 
 
-def unnumber(nb):
-    "Mark the chapter as one without a number, as Quarto wants it: in its title."
+def head(nb, chapter):
+    "Give a title with attributes as a heading: Quarto reads the label and `.unnumbered` of a chapter there, and not in front matter."
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
-    if ".unnumbered" not in front["title"]: front["title"] += " {.unnumbered}"
+    title = front.pop("title").partition(" {")[0]
     nb.cells[0].source = f"---\n{yaml.safe_dump(front, allow_unicode=True, width=1000)}---\n"
+    attr = " ".join(dict.fromkeys([*chapter.attr, *[".unnumbered"] * (not chapter.numbered)]))
+    nb.cells.insert(1, dict2obj({"cell_type": "markdown", "id": "title", "metadata": {}, "source": f"# {title} {{{attr}}}"}))
 
 
 def process(chapter, folder, known, pages):
-    "Write the processed notebook of `chapter` into `folder`, and return it; `known` are the API entries of the book's `pages`."
+    "Write the notebook of `chapter` for Quarto into `folder`, and return it for our pages; `known` are the API entries of the book's `pages`."
     config = get_config()
     nb = read_nb(chapter.path)
     prepare(nb)
     Filter()(nb)
     repair(nb, f"{config.doc_host.rstrip('/')}/{config.doc_baseurl.strip('/')}/", meant(known, pages, chapter.page))
     mark_pictures(nb)
-    if not chapter.numbered: unnumber(nb)
-    write_nb(nb, folder / chapter.path.name)
-    return read_nb(folder / chapter.path.name)
+    path = folder / chapter.path.name
+    write_nb(nb, path)
+    ours = read_nb(path)  # our pages print the title themselves
+    if chapter.attr or not chapter.numbered:
+        head(nb, chapter)
+        write_nb(nb, path)
+    return ours

@@ -485,9 +485,11 @@ def test_processed_notebook_has_its_tables_mended_and_its_pictures_marked(toy_si
     assert pictures == {"fig-first-line": False, "fig-second-map": True}, "charts on white take the colors of the page"
 
 
-def test_index_is_unnumbered_for_quarto(toy_site):
-    front = yaml.safe_load(processed(toy_site, "index").cells[0].source.strip().strip("-"))
-    assert front["title"] == "toybook {.unnumbered}" and front["output-file"] == "index.html"
+def test_quarto_finds_labels_of_chapters_and_what_has_no_number(toy_site):
+    for name, heading, page in (("index", "# toybook {.unnumbered}", "index.html"), ("00_first", "# First things {#sec-first}", "first.html")):
+        cells = processed(toy_site, name).cells
+        front = yaml.safe_load(cells[0].source.strip().strip("-"))
+        assert cells[1].source == heading and "title" not in front and front["output-file"] == page
 
 
 def test_readme_of_the_toy_book(toy_site):
