@@ -74,9 +74,9 @@ def _difference(a, b, scratch):
     return torch.sub(a, b, out=d) if a.dtype == d.dtype else d.copy_(a).sub_(b)
 
 # %% ../nbs/04_distances.ipynb #0985de0e
-def _are_short(tensors):
-    "Does each take less time to work through than a few calls do?"
-    return all(t.numel() <= _SHORT for t in tensors)
+def _in_lists(tensors):
+    "Do lists serve better than pieces: off the CPU, and for short weights?"
+    return tensors[0].device.type != "cpu" or all(t.numel() <= _SHORT for t in tensors)
 
 
 def _list_differences(x, y):
@@ -93,40 +93,45 @@ def _list_slopes_(kind, delta, factors, differences):
 
 # %% ../nbs/04_distances.ipynb #2b21c930
 class _PairSums(torch.autograd.Function):
-    "Per pair the sum of ρ(x - y) over CPU tensors; the backward pass keeps the weights alone."
+    "Per pair the sum of ρ(x - y); the backward pass keeps the weights alone."
 
     @staticmethod
     def forward(ctx, kind, delta, *tensors):
         ctx.kind, ctx.delta = kind, delta
         ctx.save_for_backward(*tensors)
         half = len(tensors) // 2
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(tensors[0].device.type, enabled=False):
             return torch.stack(_sums_of(kind, delta, tensors[:half], tensors[half:]))
 
     @staticmethod
     def backward(ctx, upstream):
-        tensors, half = ctx.saved_tensors, len(ctx.saved_tensors) // 2
-        x, y, needed = tensors[:half], tensors[half:], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # a second derivative was asked for
-            sums = _plain_sums(ctx.kind, ctx.delta, x, y)
-            wanted = [t for t, n in zip(tensors, needed) if n]
-            grads = iter(torch.autograd.grad(sums, wanted, upstream, create_graph=True))
-            return None, None, *(next(grads) if n else None for n in needed)
-        slopes = _slopes_of(ctx.kind, ctx.delta, upstream.tolist(), x, y, needed)
-        return None, None, *slopes
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]  # looked at once, as checkpointing demands
+        x, y = tensors[:len(tensors) // 2], tensors[len(tensors) // 2:]
+        factors = None if torch.is_grad_enabled() else _numbers_of(upstream)
+        if factors is not None: return None, None, *_slopes_of(ctx.kind, ctx.delta, factors, x, y, needed)
+        d = [a - b for a, b in zip(_accurate(x), _accurate(y))]  # a second derivative, or many gradients at once
+        slopes = [slope * n * upstream[i] for i, (slope, n) in enumerate(_rho_slope_(ctx.kind, v, ctx.delta) for v in d)]
+        both = zip((*slopes, *(-slope for slope in slopes)), tensors, needed)
+        return None, None, *(slope.to(t.dtype) if n else None for slope, t, n in both)
+
+
+def _numbers_of(upstream):
+    "A gradient as numbers; None for a batch of gradients, which has none."
+    try: return upstream.tolist()
+    except RuntimeError: return None
 
 
 # %% ../nbs/04_distances.ipynb #43ee817c
 def _sums_of(kind, delta, x, y):
-    "The sums of ρ(x - y): short weights as lists, long ones piece by piece."
-    if _are_short(x): return [_rho_sum(kind, d.view(-1), delta) for d in _list_differences(x, y)]
+    "The sums of ρ(x - y), over lists or piece by piece."
+    if _in_lists(x): return [_rho_sum(kind, d.view(-1), delta) for d in _list_differences(x, y)]
     scratch = _scratch(x)
     return [sum(_rho_sum(kind, _difference(u, v, scratch), delta) for u, v in _pieces(a, b)) for a, b in zip(x, y)]
 
 
 def _slopes_of(kind, delta, factors, x, y, needed):
     "Factor·ρ'(x - y) for every x, then its negative for every y; None where it is not `needed`."
-    if _are_short(x):
+    if _in_lists(x):
         slopes = _list_slopes_(kind, delta, factors, _list_differences(x, y))
         both = zip((*slopes, *torch._foreach_neg(slopes)), (*x, *y), needed)
         return [slope.to(t.dtype) if n else None for slope, t, n in both]
@@ -141,7 +146,12 @@ def _slopes_of(kind, delta, factors, x, y, needed):
 
 
 # %% ../nbs/04_distances.ipynb #112929cd
-def _buckets(x, y, elements=_BUCKET):
+def _bucket_of(tensor):
+    "How many elements a bucket has: more on a GPU, where launches cost, than what stays in a CPU's cache."
+    return _BUCKET if tensor.device.type == "cpu" else 32 * _BUCKET
+
+
+def _buckets(x, y, elements):
     "Cut lists of tensors into runs of about so many `elements`."
     start = size = 0
     for i, tensor in enumerate(x):
@@ -157,7 +167,9 @@ def _by_size(short, long, x, *lists):
     cut = sum(t.numel() <= _SHORT for t in x)
     sums = [walk(*([values[i] for i in places] for values in (x, *lists)))
             for walk, places in ((short, order[:cut]), (long, order[cut:])) if places]
-    return sums[0] if len(sums) == 1 else torch.cat(sums)[torch.tensor(order).argsort()]
+    if len(sums) == 1: return sums[0]
+    together = torch.cat(sums)
+    return together[torch.tensor(order, device=together.device).argsort()]
 
 
 # %% ../nbs/04_distances.ipynb #ae32e67d
@@ -169,11 +181,12 @@ def _is_plain(tensor):
 
 def _pair_sums(kind, delta, x, y):
     "Per pair the sum of ρ(x - y): shape (pairs,), float32 or float64."
-    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    on_cpu = all(t.device.type == "cpu" and _is_plain(t) for t in (*x, *y))
-    if plain or not on_cpu: return _plain_sums(kind, delta, x, y)
-    def walk(x, y): return torch.cat([_PairSums.apply(kind, delta, *a, *b) for a, b in _buckets(x, y)])
-    return _by_size(walk, walk, x, y)
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    plain = torch.compiler.is_compiling() or transformed or not all(map(_is_plain, (*x, *y)))
+    if plain: return _plain_sums(kind, delta, x, y)
+    elements = _bucket_of(x[0])
+    def walk(x, y): return torch.cat([_PairSums.apply(kind, delta, *a, *b) for a, b in _buckets(x, y, elements)])
+    return walk(x, y) if x[0].device.type != "cpu" else _by_size(walk, walk, x, y)
 
 
 # %% ../nbs/04_distances.ipynb #055aa70f
@@ -244,30 +257,30 @@ def _add_pieces(kind, delta, x, y, factors):
     "Walk contiguous tensors piece by piece; (pairs,) the distances."
     scratch, sums = _scratch(x), []
     for a, b, factor in zip(x, y, factors):
-        outs = [(*_grad_of(t), sign * factor) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
+        outs = [(t, *_grad_of(t), sign * factor) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
         total = 0
-        for u, v, *pieces in _pieces(a, b, *(grad for grad, _, _ in outs)):
+        for u, v, *pieces in _pieces(a, b, *(grad for _, grad, _, _ in outs)):
             d = _difference(u, v, scratch)
             total = total + _rho_sum(kind, d, delta)
             slope, times = _rho_slope_(kind, d, delta)
-            for piece, (_, fresh, scale) in zip(pieces, outs):
+            for piece, (_, _, fresh, scale) in zip(pieces, outs):
                 if fresh: torch.mul(slope, times * scale, out=piece)
                 else: piece.add_(slope, alpha=times * scale)
+        for t, grad, _, _ in outs: t.grad = grad
         sums.append(total)
     return torch.stack(sums)
 
 
 def _grad_of(tensor):
-    "Its gradient, and whether that is fresh memory, still to be written."
-    fresh = tensor.grad is None
-    if fresh: tensor.grad = torch.empty_like(tensor)
-    return tensor.grad, fresh
+    "Its gradient, or room for one; and whether that is fresh memory, still to be written."
+    return (torch.empty_like(tensor), True) if tensor.grad is None else (tensor.grad, False)
+
 
 # %% ../nbs/04_distances.ipynb #9ed7aff0
 def _add_lists(kind, delta, x, y, factors):
     "Walk tensors on any device by kernels over lists; (pairs,) the distances."
     sums, factors = [], iter(factors)
-    for a, b in _buckets(x, y, _BUCKET if x[0].device.type == "cpu" else 32 * _BUCKET):
+    for a, b in _buckets(x, y, _bucket_of(x[0])):
         d = _list_differences(a, b)
         sums += [_rho_sum(kind, v.flatten(), delta) for v in d]
         slopes = _list_slopes_(kind, delta, factors, d)
@@ -283,12 +296,13 @@ def _add_compiled(kind, delta, x, y, factors):
     "Walk contiguous tensors by one compiled kernel per pair; (pairs,) the distances."
     sums = []
     for a, b, factor in zip(x, y, factors):
-        outs = [(*_grad_of(t), sign) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
-        grads, fresh, signs = zip(*outs) if outs else ((), (), ())
+        outs = [(t, *_grad_of(t), sign) for t, sign in ((a, 1), (b, -1)) if t.requires_grad]
+        moving, grads, fresh, signs = zip(*outs) if outs else ((), (), (), ())
         walk, compiled = _walk(kind, delta, fresh, signs)
         flat = [t.detach().view(-1) for t in (a, b, *grads)]
         factor = torch.tensor(factor, dtype=_sum_dtype(a), device=a.device)
         sums.append((compiled if a.numel() >= _SMALL else walk)(factor, *flat))
+        for t, grad in zip(moving, grads): t.grad = grad
     return torch.stack(sums)
 
 
@@ -317,8 +331,10 @@ def can_add_slopes(
 
     Raises ValueError for an unknown distance, TypeError for anything but lists of tensors."""
     _check_distance(distance), _check_lists(x, y)
-    grads = [t.grad for t in (*x, *y) if t.requires_grad and t.grad is not None]
-    return distance in DISTANCES[:3] and all(map(_is_plain, (*x, *y, *grads)))
+    moving = [t for t in (*x, *y) if t.requires_grad]
+    grads = [t.grad for t in moving if t.grad is not None]
+    own = all(getattr(t, "grad_dtype", t.dtype) in (t.dtype, None) for t in moving)  # no gradients of another dtype
+    return distance in DISTANCES[:3] and own and all(map(_is_plain, (*x, *y, *grads)))
 
 
 @torch.no_grad()
@@ -337,6 +353,8 @@ def add_slopes_(
     need(isinstance(factors, (list, tuple)), "factors", "a list of numbers", factors, TypeError)
     fine = len(factors) == len(x) and all(isinstance(f, Real) and abs(f) <= float_info.max for f in factors)
     if not fine: raise ValueError(f"factors: {len(x)} finite numbers are expected, got {list(factors)}")
+    wide = [(f, t.dtype) for f, t in zip(factors, x) if abs(f) > torch.finfo(_sum_dtype(t)).max]
+    if wide: raise ValueError(f"factors: {wide[0][0]:g} is beyond the numbers that {wide[0][1]} is summed in")
     need(isinstance(compiled, bool), "compiled", "True or False", compiled, TypeError)
     if not all(t.is_leaf for t in (*x, *y)): raise ValueError("x, y: leaves of the graph are expected")
     if not can_add_slopes(x, y, distance):

@@ -27,10 +27,11 @@ class _Groups:
         for label, group in groups.items(): check_group(label, group, maps[label])
         devices = {str(m.tensor.device) for group in groups.values() for m in group}
         need(len(devices) == 1, "groups", "one device for all of a penalty's groups", sorted(devices))
-        first = {}  # two names of one parameter give one group, called by the first
+        first, self._names = {}, {}  # two names of one parameter give one group, called by the first
         for label, group in groups.items():
             tensors = tuple(id(m.tensor) for m in group)
             first.setdefault(tensors if maps[label] else frozenset(tensors), label)
+            self._names[label] = first[tensors if maps[label] else frozenset(tensors)]
         self.groups = {label: groups[label] for label in first.values()}
         self.maps = {label: maps[label] for label in self.groups}
         self._models = [model for model in tied if isinstance(model, nn.Module)]
@@ -45,8 +46,11 @@ class _Groups:
 
     @strength.setter
     def strength(self, value):
-        chosen = per_group(value, self.groups, "strength").items()
-        self._strength = {group: nonnegative(λ, f"strength of {group}") for group, λ in chosen}
+        chosen = per_group(value, self._names, "strength")
+        for name, group in self._names.items():
+            if chosen[name] is not chosen[group] and chosen[name] != chosen[group]:
+                raise ValueError(f"strength: {name} and {group} are one group, got {chosen[name]} and {chosen[group]}")
+        self._strength = {group: nonnegative(chosen[group], f"strength of {group}") for group in self.groups}
         plans = [(λ, *self._plan(group)) for group, λ in self._strength.items()]
         weights = [λ * times for λ, _, count, times in plans for _ in range(count)]
         self._weights = torch.tensor(weights, dtype=torch.float64)

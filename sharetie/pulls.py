@@ -22,7 +22,7 @@ def accumulate_grad_(
     scale: float = 1.0,  # ≥ 0, factor of the gradient, such as that of a gradient scaler
     compiled: bool = False,  # walk by kernels of `torch.compile`, which the first call makes?
 ) -> Tensor:  # scalar, the penalty itself, detached and without `scale`
-    """Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`.
+    """Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`. No hook of a tensor is called.
 
     Raises ValueError for a scale below 0 or not finite, and for members that are no leaves, TypeError for other kinds.
     Source: the gradient of Goodfellow, Bengio and Courville 2016, section 7.9."""
@@ -35,8 +35,10 @@ def accumulate_grad_(
         factors = (scale * penalty._weights).tolist()
         distances = add_slopes_(x, y, factors, penalty.distance, penalty.delta, compiled)
         return penalty._weighted(distances)
-    with torch.enable_grad(): value = penalty()
-    for t, grad in zip(moving, torch.autograd.grad(value * scale, moving) if moving else ()):
+    with torch.enable_grad(), torch.autocast(x[0].device.type, enabled=False):
+        value = penalty()
+        grads = torch.autograd.grad(value * scale, moving) if moving else ()
+    for t, grad in zip(moving, grads):
         t.grad = grad if t.grad is None else grad.add_(t.grad) if t.grad.is_sparse else t.grad.add_(grad)
     return value.detach()
 
@@ -106,13 +108,14 @@ def _pull_pair_(penalty, tensors, strength):
     "Proximal step of one pair; frozen members stay."
     x, y = tensors
     moving = [w for w in tensors if w.requires_grad]
-    d, delta = x - y, penalty.delta
+    a, b = _accurate(tensors)
+    d, delta = a - b, penalty.delta
     t = strength * len(moving)
     if penalty.toward == "mean":  # two half ways: square and Huber halve, the others stay
         t, delta = t * {"squared_l2": .5, "huber": .5}.get(penalty.distance, 1), 2 * delta
     way = (d - shrink(d, t, penalty.distance, delta)) / max(len(moving), 1)
-    if x.requires_grad: x.sub_(way)
-    if y.requires_grad: y.add_(way)
+    if x.requires_grad: x.copy_(a - way)
+    if y.requires_grad: y.copy_(b + way)
 
 # %% ../nbs/04_pulls.ipynb #6ba8d8e8
 class StrengthSchedule:

@@ -25,7 +25,8 @@ if DATA.is_dir(): os.environ.setdefault("SHARETIE_DATA", str(DATA))
 
 
 def pytest_configure(config):
-    flags_asked()  # an unknown flag fails here, once, and not in every test
+    try: flags_asked()  # an unknown flag fails here, once, and not in every test
+    except ValueError as error: raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(items):
@@ -72,13 +73,15 @@ def one_process(tmp_path):
 
 def pytest_terminal_summary(terminalreporter):
     "Say once per reason what did not run."
-    skipped = {}
+    skipped, left_out = {}, {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
         skipped[reason] = skipped.get(reason, 0) + 1
-    left_out = {}
     for report in terminalreporter.stats.get("passed", []):
-        for name, value in report.user_properties:
-            if name == "left_out": left_out[value] = left_out.get(value, 0) + 1
+        for name, (flag, cells, chapter) in report.user_properties:
+            if name == "left_out": left_out.setdefault(flag, []).append((cells, chapter))
     for reason, count in sorted(skipped.items()): terminalreporter.write_line(f"skipped {count} test{'s' * (count > 1)}: {reason}")
-    for section in sorted(left_out): terminalreporter.write_line(f"left out: {section}")
+    for flag, found in sorted(left_out.items()):
+        why = "no CUDA device" if flag == "gpu" else f'run with make test FLAGS="{flag}"'
+        chapters = ", ".join(f"{chapter} ({cells})" for cells, chapter in sorted(found, key=lambda f: f[1]))
+        terminalreporter.write_line(f"left out {sum(cells for cells, _ in found)} cells: {flag}: {why}: {chapters}")

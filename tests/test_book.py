@@ -99,7 +99,6 @@ def test_chapter_imports_only_earlier_chapters(path):
         assert order[modules[module]] < order[path.name], f"cell {i + 1} imports {module}, a later chapter"
 
 
-@pytest.mark.long
 def test_the_book_keeps_to_its_markdown_and_all_references_lead_somewhere():
     checked(outline(ROOT))
 

@@ -7,6 +7,8 @@ import pytest
 from conftest import ROOT
 from execnb.shell import CaptureShell
 from flags import flags_off
+from IPython.core.interactiveshell import InteractiveShell
+from matplotlib_inline.config import InlineBackend
 from nbdev.test import test_nb as run_notebook
 
 CHAPTERS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -26,10 +28,14 @@ class Shell(CaptureShell):
         if "long" in flags_off(): self.run_cell("set_matplotlib_formats()")
 
     def close(self):
-        "Let go of the shell: IPython would keep it, and all that its chapter made, until the process ends."
+        "Let go of the shell, which IPython would keep, with all that its chapter made, until the process ends."
         atexit.unregister(self.atexit_operations)  # it clears the names too, which operators that a chapter registered still read
         self.history_manager.end_session()
         self.history_manager.close()
+        self.restore_sys_module_state()  # the next shell keeps what is __main__ then
+        InlineBackend.clear_instance()
+        InteractiveShell.clear_instance()
+        InteractiveShell._instance = None
 
 
 @pytest.fixture
@@ -45,6 +51,4 @@ def shells(monkeypatch):
 def test_chapter(path, record_property, capfd, shells):
     passed, _ = run_notebook(path, skip_flags=flags_off(), basepath=ROOT)
     assert shells and passed, capfd.readouterr().err
-    for flag, count in flags_of(path).items():
-        why = "no CUDA device" if flag == "gpu" else f'make test FLAGS="{flag}" runs them'
-        record_property("left_out", f"{path.stem}: {count} cells flagged {flag} ({why})")
+    for flag, count in flags_of(path).items(): record_property("left_out", (flag, count, path.stem))

@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from sharetie import distances
 from sharetie.distances import DISTANCES, _add_compiled, _add_lists, _add_pieces, _plain_sums, add_slopes_, can_add_slopes, pair_distances, shrink
@@ -21,7 +23,6 @@ def small_pieces(request, monkeypatch):
     monkeypatch.setattr(distances, "_SHORT", request.param)
     monkeypatch.setattr(distances, "_CHUNK", 1 << 10)
     monkeypatch.setattr(distances, "_BUCKET", 1 << 10)
-    monkeypatch.setattr(distances._buckets, "__defaults__", (1 << 10,))
 
 
 def tensors(dtype=torch.float64, requires_grad=True, shapes=SHAPES):
@@ -38,7 +39,7 @@ def pairs(dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_value_and_gradient_equal_the_plain_losses(distance, dtype, small_pieces):
     x, y = pairs(dtype)
-    assert len(list(distances._buckets(x, y))) == 2 and len(list(distances._pieces(x[-1], y[-1]))) == 4
+    assert len(list(distances._buckets(x, y, 1 << 10))) == 2 and len(list(distances._pieces(x[-1], y[-1]))) == 4
     ours, plain = pair_distances(x, y, distance, 0.5), _plain_sums(distance, 0.5, x, y)
     assert ours.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
@@ -88,6 +89,37 @@ def test_finite_differences_agree(distance, short, monkeypatch):
     assert torch.autograd.gradgradcheck(lambda a, b: pair_distances([a], [b], distance, 0.5), (x, y))
 
 
+@pytest.mark.parametrize("distance", SUMS)
+@pytest.mark.parametrize("short", [-1, 1 << 14])
+def test_a_gradient_with_a_graph_is_the_same_where_members_depend_on_each_other(distance, short, monkeypatch):
+    monkeypatch.setattr(distances, "_SHORT", short)
+    w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    value = pair_distances([w, 2 * w], [w.square(), w.mean().expand(5).contiguous()], distance, 0.5).sum()
+    plain, = torch.autograd.grad(value, w, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(value, w, create_graph=True)[0], plain)
+    def rebuilt(w): return pair_distances([w, 2 * w], [w.square(), w.mean().expand(5).contiguous()], distance, 0.5).sum()
+    assert torch.autograd.gradcheck(rebuilt, w) and torch.autograd.gradgradcheck(rebuilt, w)
+
+
+@pytest.mark.parametrize("short", [-1, 1 << 14])
+def test_roads_of_autograd_that_look_at_saved_tensors_or_batches(short, monkeypatch):
+    monkeypatch.setattr(distances, "_SHORT", short)
+    x, y = (torch.randn(6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    def f(x): return pair_distances([x, 2 * x], [y, y], "huber", 0.5)
+    slope, = torch.autograd.grad(f(x).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(checkpoint(f, x, use_reentrant=False).sum(), x)[0], slope)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(f, x, vectorize=True), torch.autograd.functional.jacobian(f, x))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(x.detach(), torch.ones_like(x)))).tangent
+    torch.testing.assert_close(tangent.sum(), slope.sum())
+
+
+def test_the_default_device_changes_nothing():
+    x, y = [torch.randn(40_000), torch.randn(3)], [torch.randn(40_000), torch.randn(3)]
+    with torch.device("meta"): found = pair_distances(x, y)
+    assert torch.equal(found, pair_distances(x, y))
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_function_transforms(distance):
     y = torch.randn(4, dtype=torch.float64)
@@ -119,6 +151,27 @@ def test_one_pass_adds_to_gradients_that_are_there(small_pieces):
     expected = torch.autograd.grad(2 * _plain_sums("squared_l2", 1.0, x, y).sum(), x)
     add_slopes_(x, y, [2.0] * len(x))
     for t, grad in zip(x, expected): torch.testing.assert_close(t.grad, grad + 1)
+
+
+def test_an_interruption_leaves_no_gradient_half_written(monkeypatch):
+    x, y = (torch.randn(40_000, requires_grad=True) for _ in range(2))
+    def interrupted(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(distances, "_difference", interrupted)
+    with pytest.raises(KeyboardInterrupt): add_slopes_([x], [y], [1.0])
+    assert x.grad is None and y.grad is None
+
+
+def test_a_factor_that_no_slope_can_hold_changes_nothing():
+    x, y = ([torch.ones(3, requires_grad=True), torch.ones(40_000, requires_grad=True)] for _ in range(2))
+    with pytest.raises(ValueError, match="^factors: 1e\\+39 is beyond"): add_slopes_(x, y, [1.0, 1e39])
+    assert all(t.grad is None for t in (*x, *y))
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this PyTorch has no grad_dtype")
+def test_gradients_of_another_type_go_the_road_of_autograd():
+    x, y = (torch.ones(4, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    x.grad_dtype = torch.float32
+    assert not can_add_slopes([x], [y], "l1")
 
 
 def walked(walk, kind, dtype, grads, device="cpu"):

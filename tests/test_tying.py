@@ -561,6 +561,43 @@ def test_a_map_is_not_autocast():
     torch.testing.assert_close(cast, tie(), rtol=0, atol=0)
 
 
+def test_added_gradients_through_a_map_are_not_autocast():
+    a, b, turn = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False), torch.randn(64, 64)
+    tie = TiePenalty(a, b, map=lambda w: w @ turn)
+    accumulate_grad_(tie)
+    expected, a.weight.grad = a.weight.grad, None
+    with torch.autocast("cpu", dtype=torch.bfloat16): accumulate_grad_(tie)
+    assert torch.equal(a.weight.grad, expected)
+
+
+@pytest.mark.parametrize("distance", DISTANCES[:4])
+def test_proximal_steps_of_half_precision_are_computed_in_single(distance):
+    torch.manual_seed(0)
+    x, y = (nn.Parameter((.02 * torch.randn(64, 64)).bfloat16()) for _ in range(2))
+    a, b = (nn.Parameter(p.detach().float()) for p in (x, y))
+    half, single = (TiePenalty([pair], distance=distance, delta=.01) for pair in ((x, y), (a, b)))
+    proximal_(half, 1e-3), proximal_(single, 1e-3)
+    assert torch.equal(x, a.bfloat16()) and torch.equal(y, b.bfloat16())
+
+
+def test_a_strength_by_either_name_of_a_shared_weight():
+    def words():
+        model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+        model[1].weight = model[0].weight
+        return model
+    assert dict(TiePenalty(words(), words(), strength={"1.*": 2.0, "*": 2.0}).strength) == {"0.weight": 2.0}
+    with pytest.raises(ValueError, match="^strength: 1.weight and 0.weight are one group, got 2.0 and 1.0"):
+        TiePenalty(words(), words(), strength={"1.*": 2.0, "*": 1.0})
+
+
+@pytest.mark.parametrize("distance", DISTANCES[:3])
+def test_a_gradient_with_a_graph_towards_the_mean_is_the_same(distance):
+    models = [mlp(seed) for seed in range(3)]
+    tie = TiePenalty(*models, distance=distance, toward="mean")
+    plain = torch.autograd.grad(tie(), tie.parameters())
+    torch.testing.assert_close(torch.autograd.grad(tie(), tie.parameters(), create_graph=True), plain)
+
+
 def test_hardening_large_half_precision_weights():
     weights = nn.ModuleList([nn.Linear(2, 1, bias=False).half() for _ in range(2)])
     for layer, value in zip(weights, (60000.0, 50016.0)): nn.init.constant_(layer.weight, value)
