@@ -11,7 +11,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import yaml
 from PIL import Image
 from execnb.nbio import read_nb, write_nb
 from fastcore.xtras import dict2obj
@@ -20,6 +19,7 @@ from nbdev.process import Processor
 from nbdev.processors import FilterDefaults, add_fold, exec_show_docs, insert_warning, mv_exports
 from nbdev.showdoc import show_doc
 
+import quarto
 from apidoc import Entry
 from blocks import definitions, directives, entry_id
 from outline import BookError
@@ -148,15 +148,6 @@ def white(content):
     return sum(pixels[250:]) / sum(pixels)
 
 
-def head(nb, chapter):
-    "Give a title with attributes as a heading: Quarto reads the label and `.unnumbered` of a chapter there, and not in front matter."
-    front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
-    title = front.pop("title").partition(" {")[0]
-    nb.cells[0].source = f"---\n{yaml.safe_dump(front, allow_unicode=True, width=1000)}---\n"
-    attr = " ".join(dict.fromkeys([*chapter.attr, *[".unnumbered"] * (not chapter.numbered)]))
-    nb.cells.insert(1, dict2obj({"cell_type": "markdown", "id": "title", "metadata": {}, "source": f"# {title} {{{attr}}}"}))
-
-
 def process(chapter, folder, known, pages):
     "Write the notebook of `chapter` for Quarto into `folder`, and return it for our pages; `known` are the API entries of the book's `pages`."
     config = get_config()
@@ -167,8 +158,7 @@ def process(chapter, folder, known, pages):
     mark_pictures(nb)
     path = folder / chapter.path.name
     write_nb(nb, path)
-    ours = read_nb(path)  # our pages print the title themselves
-    if chapter.attr or not chapter.numbered:
-        head(nb, chapter)
-        write_nb(nb, path)
+    ours = read_nb(path)
+    quarto.adapt(nb, chapter)
+    write_nb(nb, path)
     return ours

@@ -461,7 +461,7 @@ def test_processed_notebook_holds_entries_in_place_of_exported_cells(toy_site):
     sources = [c.source for c in nb.cells if c.cell_type == "code"]
     assert not any("nbdev_export" in s or "default_exp" in s for s in sources)
     folded = next(s for s in sources if "def double" in s)
-    assert folded.startswith('#| code-fold: true\n#| code-summary: "Source of double, halve_"\n')
+    assert folded.startswith('#| code-fold: true\n#| code-summary: "Source of `double`, `halve_`"\n')
     assert "CONSTANT = 2" in sources and "import math" not in sources
 
 
@@ -477,7 +477,7 @@ def test_processed_notebook_links_relative_and_keeps_labels(toy_site):
 
 def test_processed_notebook_has_its_tables_mended_and_its_pictures_marked(toy_site):
     nb = processed(toy_site, "02_second")
-    tables = ["".join(o.data["text/html"]) for c in nb.cells if c.cell_type == "code" for o in c.outputs if "text/html" in o.get("data", {})]
+    tables = ["".join(o.data["text/markdown"]) for c in nb.cells if c.cell_type == "code" for o in c.outputs if "<table" in "".join(o.get("data", {}).get("text/markdown", ""))]
     assert grid(tables[1]) == [[["model", "measure_0", "measure_1"]], [["free", "0.0000", "0.1429"], ["shared", "0.0000", "–"]]]
     pictures = {c.source.split("label: ")[1].split()[0]: "#| classes: true-colors" in c.source
                 for name in ("00_first", "02_second") for c in processed(toy_site, name).cells if "label: fig-" in c.source}
@@ -485,10 +485,18 @@ def test_processed_notebook_has_its_tables_mended_and_its_pictures_marked(toy_si
 
 
 def test_quarto_finds_labels_of_chapters_and_what_has_no_number(toy_site):
-    for name, heading, page in (("index", "# toybook {.unnumbered}", "index.html"), ("00_first", "# First things {#sec-first}", "first.html")):
-        cells = processed(toy_site, name).cells
-        front = yaml.safe_load(cells[0].source.strip().strip("-"))
-        assert cells[1].source == heading and "title" not in front and front["output-file"] == page
+    for name, title, page in (("index", "# toybook {.unnumbered}", "index.html"), ("00_first", "# First things {#sec-first}", "first.html")):
+        front = yaml.safe_load(processed(toy_site, name).cells[0].source.strip().strip("-"))
+        assert front["title"] == title and front["output-file"] == page
+    assert processed(toy_site, "00_first").cells[1].source == "::: {.promise}\nWhere doubling is explained, with $x^2$ and `code`.\n:::"
+
+
+def test_quarto_loads_nothing_for_a_table_and_describes_every_image(toy_site):
+    cells = [c for name in ("00_first", "02_second") for c in processed(toy_site, name).cells if c.cell_type == "code"]
+    outputs = [o.get("data", {}) for c in cells for o in c.outputs]
+    assert any("```{=html}\n<" in "".join(data.get("text/markdown", "")) for data in outputs) and not any("text/html" in data for data in outputs)
+    with_images = [c.source for c in cells if any("image/png" in o.get("data", {}) for o in c.outputs)]
+    assert with_images and all("#| fig-alt: " in source for source in with_images)
 
 
 def test_readme_of_the_toy_book(toy_site):
