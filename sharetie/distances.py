@@ -8,6 +8,7 @@ __all__ = ['DISTANCES', 'pair_distances', 'can_add_slopes', 'add_slopes_', 'shri
 # %% ../nbs/04_distances.ipynb #3aba1028
 from collections.abc import Sequence
 from functools import cache, partial
+from math import isfinite
 from numbers import Real
 from sys import float_info
 
@@ -107,17 +108,17 @@ class _PairSums(torch.autograd.Function):
     def backward(ctx, upstream):
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]  # looked at once, as checkpointing demands
         x, y = tensors[:len(tensors) // 2], tensors[len(tensors) // 2:]
-        factors = None if torch.is_grad_enabled() else _numbers_of(upstream)
+        factors = None if torch.is_grad_enabled() else _factors_of(upstream)
         if factors is not None: return None, None, *_slopes_of(ctx.kind, ctx.delta, factors, x, y, needed)
-        d = [a - b for a, b in zip(_accurate(x), _accurate(y))]  # a second derivative, or many gradients at once
+        d = [a - b for a, b in zip(_accurate(x), _accurate(y))]  # for derivatives of it, too
         slopes = [slope * n * upstream[i] for i, (slope, n) in enumerate(_rho_slope_(ctx.kind, v, ctx.delta) for v in d)]
         both = zip((*slopes, *(-slope for slope in slopes)), tensors, needed)
         return None, None, *(slope.to(t.dtype) if n else None for slope, t, n in both)
 
 
-def _numbers_of(upstream):
-    "A gradient as numbers; None for a batch of gradients, which has none."
-    try: return upstream.tolist()
+def _factors_of(upstream):
+    "A gradient as numbers; None for a batch of gradients, which has none, and off the CPU, where asking would wait."
+    try: return upstream.tolist() if upstream.device.type == "cpu" else None
     except RuntimeError: return None
 
 
@@ -327,13 +328,13 @@ def can_add_slopes(
     y: Sequence[Tensor],  # the same
     distance: str,  # one of `DISTANCES`
 ) -> bool:
-    """Can `add_slopes_` walk these pairs: dense contiguous tensors, a distance that is a sum over elements?
+    """Can `add_slopes_` walk these pairs: dense contiguous leaves, gradients of their dtype, a sum over elements?
 
     Raises ValueError for an unknown distance, TypeError for anything but lists of tensors."""
     _check_distance(distance), _check_lists(x, y)
     moving = [t for t in (*x, *y) if t.requires_grad]
-    grads = [t.grad for t in moving if t.grad is not None]
-    own = all(getattr(t, "grad_dtype", t.dtype) in (t.dtype, None) for t in moving)  # no gradients of another dtype
+    grads = [t.grad for t in moving if t.is_leaf and t.grad is not None]
+    own = all(t.is_leaf and getattr(t, "grad_dtype", t.dtype) in (t.dtype, None) for t in moving)
     return distance in DISTANCES[:3] and own and all(map(_is_plain, (*x, *y, *grads)))
 
 
@@ -351,14 +352,17 @@ def add_slopes_(
     Raises as `pair_distances` does, and ValueError where `can_add_slopes` is false."""
     _check_pairs(x, y, distance, delta)
     need(isinstance(factors, (list, tuple)), "factors", "a list of numbers", factors, TypeError)
-    fine = len(factors) == len(x) and all(isinstance(f, Real) and abs(f) <= float_info.max for f in factors)
-    if not fine: raise ValueError(f"factors: {len(x)} finite numbers are expected, got {list(factors)}")
-    wide = [(f, t.dtype) for f, t in zip(factors, x) if abs(f) > torch.finfo(_sum_dtype(t)).max]
+    def is_finite(f): return isinstance(f, Real) and (abs(f) <= float_info.max if isinstance(f, int) else isfinite(f))
+    if len(factors) != len(x) or not all(map(is_finite, factors)):
+        raise ValueError(f"factors: {len(x)} finite numbers are expected, got {list(factors)}")
+    factors = [float(f) for f in factors]
+    wide = [(f, t.dtype) for f, t in zip(factors, x) if 2 * abs(f) > torch.finfo(_sum_dtype(t)).max]
     if wide: raise ValueError(f"factors: {wide[0][0]:g} is beyond the numbers that {wide[0][1]} is summed in")
     need(isinstance(compiled, bool), "compiled", "True or False", compiled, TypeError)
     if not all(t.is_leaf for t in (*x, *y)): raise ValueError("x, y: leaves of the graph are expected")
     if not can_add_slopes(x, y, distance):
-        raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous dense tensors")
+        raise ValueError(f"distance {distance!r}: one pass needs {DISTANCES[:3]} on contiguous dense tensors "
+                         "with gradients of their own dtype")
     if compiled: return _add_compiled(distance, delta, x, y, factors)
     lists, pieces = (partial(add, distance, delta) for add in (_add_lists, _add_pieces))
     if x[0].device.type == "cpu": return _by_size(lists, pieces, x, y, factors)

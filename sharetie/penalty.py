@@ -46,10 +46,7 @@ class _Groups:
 
     @strength.setter
     def strength(self, value):
-        chosen = per_group(value, self._names, "strength")
-        for name, group in self._names.items():
-            if chosen[name] is not chosen[group] and chosen[name] != chosen[group]:
-                raise ValueError(f"strength: {name} and {group} are one group, got {chosen[name]} and {chosen[group]}")
+        chosen = _by_any_name(value, self._names)
         self._strength = {group: nonnegative(chosen[group], f"strength of {group}") for group in self.groups}
         plans = [(λ, *self._plan(group)) for group, λ in self._strength.items()]
         weights = [λ * times for λ, _, count, times in plans for _ in range(count)]
@@ -58,6 +55,20 @@ class _Groups:
     def parameters(self) -> list[Tensor]:
         "Every tied tensor once, as it is now."
         return list({id(t := m.tensor): t for g in self.groups.values() for m in g}.values())
+
+
+def _by_any_name(value, names):
+    "One value per group, given by any of its names; ValueError for two values, and for none."
+    if not isinstance(value, Mapping): return dict.fromkeys(names.values(), value)
+    chosen, found = per_group(value, names, "strength", required=False), {}
+    for name, group in names.items():
+        if chosen[name] is None: continue
+        other, own = found.setdefault(group, (name, chosen[name]))
+        if own != chosen[name]: raise ValueError(f"strength: {other} and {name} are one group, got {own} and {chosen[name]}")
+    if missing := sorted({*names.values()} - {*found}):
+        raise ValueError(f"strength: no pattern of {list(value)} fits {missing}; add one, such as '*'")
+    return {group: own for group, (_, own) in found.items()}
+
 
 # %% ../nbs/04_penalty.ipynb #1e96e4b8
 class _Compared(_Groups):

@@ -8,6 +8,7 @@ __all__ = ['accumulate_grad_', 'proximal_', 'StrengthSchedule', 'anneal']
 # %% ../nbs/04_pulls.ipynb #3f19269d
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,9 @@ def accumulate_grad_(
         factors = (scale * penalty._weights).tolist()
         distances = add_slopes_(x, y, factors, penalty.distance, penalty.delta, compiled)
         return penalty._weighted(distances)
-    with torch.enable_grad(), torch.autocast(x[0].device.type, enabled=False):
+    device = x[0].device.type
+    off = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.enable_grad(), off:
         value = penalty()
         grads = torch.autograd.grad(value * scale, moving) if moving else ()
     for t, grad in zip(moving, grads):
@@ -70,9 +73,10 @@ def proximal_(
         tensors = [m.tensor for m in penalty.groups[label]]
         if len(tensors) == 2: _pull_pair_(penalty, tensors, step_size * strength)
         else:
-            mean = (sum(_accurate(tensors)) / len(tensors)).to(tensors[0].dtype)
+            exact = _accurate(tensors)
+            mean = sum(exact) / len(exact)
             pull = 1 - 1 / (1 + 2 * step_size * strength * penalty._plan(label)[2])
-            torch._foreach_lerp_(tensors, [mean] * len(tensors), pull)
+            torch._foreach_copy_(tensors, torch._foreach_lerp(exact, [mean] * len(exact), pull))
 
 # %% ../nbs/04_pulls.ipynb #ac9bfba3
 def _check_proximal(penalty):

@@ -78,8 +78,8 @@ def pytest_terminal_summary(terminalreporter):
         reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
         skipped[reason] = skipped.get(reason, 0) + 1
     for report in terminalreporter.stats.get("passed", []):
-        for name, (flag, cells, chapter) in report.user_properties:
-            if name == "left_out": left_out.setdefault(flag, []).append((cells, chapter))
+        for flag, cells, chapter in (value for name, value in report.user_properties if name == "left_out"):
+            left_out.setdefault(flag, []).append((cells, chapter))
     for reason, count in sorted(skipped.items()): terminalreporter.write_line(f"skipped {count} test{'s' * (count > 1)}: {reason}")
     for flag, found in sorted(left_out.items()):
         why = "no CUDA device" if flag == "gpu" else f'run with make test FLAGS="{flag}"'

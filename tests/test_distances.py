@@ -1,5 +1,6 @@
 "Distances between weights: the fast road against PyTorch's own losses, in every type, layout and mode."
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -163,7 +164,8 @@ def test_an_interruption_leaves_no_gradient_half_written(monkeypatch):
 
 def test_a_factor_that_no_slope_can_hold_changes_nothing():
     x, y = ([torch.ones(3, requires_grad=True), torch.ones(40_000, requires_grad=True)] for _ in range(2))
-    with pytest.raises(ValueError, match="^factors: 1e\\+39 is beyond"): add_slopes_(x, y, [1.0, 1e39])
+    for factor in (1e39, 2e38, 10**40):
+        with pytest.raises(ValueError, match=r"^factors: \d+e\+\d\d is beyond"): add_slopes_(x, y, [1.0, factor])
     assert all(t.grad is None for t in (*x, *y))
 
 
@@ -171,7 +173,14 @@ def test_a_factor_that_no_slope_can_hold_changes_nothing():
 def test_gradients_of_another_type_go_the_road_of_autograd():
     x, y = (torch.ones(4, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     x.grad_dtype = torch.float32
-    assert not can_add_slopes([x], [y], "l1")
+    assert not can_add_slopes([x], [y], "l1") and not can_add_slopes([2 * y], [y], "l1")
+
+
+def test_factors_of_other_kinds_of_numbers():
+    x, y = ([torch.ones(3, requires_grad=True), torch.zeros(40_000, requires_grad=True)] for _ in range(2))
+    with torch.no_grad(): x[1].add_(1)
+    add_slopes_(x, y, [Fraction(1, 2), np.float32(.5)])
+    assert (x[0].grad == 0).all() and (x[1].grad == 1).all()
 
 
 def walked(walk, kind, dtype, grads, device="cpu"):

@@ -580,13 +580,31 @@ def test_proximal_steps_of_half_precision_are_computed_in_single(distance):
     assert torch.equal(x, a.bfloat16()) and torch.equal(y, b.bfloat16())
 
 
+def test_proximal_steps_of_three_in_half_precision_are_computed_in_single():
+    torch.manual_seed(0)
+    ps = [nn.Parameter((.02 * torch.randn(64, 64)).bfloat16()) for _ in range(3)]
+    qs = [nn.Parameter(p.detach().float()) for p in ps]
+    proximal_(TiePenalty([ps]), 10.0), proximal_(TiePenalty([qs]), 10.0)
+    assert all(torch.equal(p, q.bfloat16()) for p, q in zip(ps, qs))
+
+
+def test_gradients_are_added_on_meta():
+    a, b = (nn.Linear(3, 3, device="meta") for _ in range(2))
+    accumulate_grad_(TiePenalty(a, b))
+    assert a.weight.grad.device.type == "meta"
+
+
 def test_a_strength_by_either_name_of_a_shared_weight():
     def words():
         model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
         model[1].weight = model[0].weight
         return model
-    assert dict(TiePenalty(words(), words(), strength={"1.*": 2.0, "*": 2.0}).strength) == {"0.weight": 2.0}
-    with pytest.raises(ValueError, match="^strength: 1.weight and 0.weight are one group, got 2.0 and 1.0"):
+    for strength in ({"1.*": 2.0, "*": 2.0}, {"1.weight": 2.0}, {"0.*": 2.0}):
+        tie = TiePenalty(words(), words(), strength=strength)
+        tie.strength = dict(tie.strength)
+        assert tie.strength == {"0.weight": 2.0}
+    assert anneal(tie, 0.1, 1.0, 10).penalty.strength == {"0.weight": 0.2}
+    with pytest.raises(ValueError, match="^strength: 0.weight and 1.weight are one group, got 1.0 and 2.0"):
         TiePenalty(words(), words(), strength={"1.*": 2.0, "*": 1.0})
 
 
