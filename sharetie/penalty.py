@@ -30,8 +30,7 @@ class _Groups:
         first, self._names = {}, {}  # two names of one parameter give one group, called by the first
         for label, group in groups.items():
             tensors = tuple(id(m.tensor) for m in group)
-            first.setdefault(tensors if maps[label] else frozenset(tensors), label)
-            self._names[label] = first[tensors if maps[label] else frozenset(tensors)]
+            self._names[label] = first.setdefault(tensors if maps[label] else frozenset(tensors), label)
         self.groups = {label: groups[label] for label in first.values()}
         self.maps = {label: maps[label] for label in self.groups}
         self._models = [model for model in tied if isinstance(model, nn.Module)]

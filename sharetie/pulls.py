@@ -23,8 +23,9 @@ def accumulate_grad_(
     scale: float = 1.0,  # ≥ 0, factor of the gradient, such as that of a gradient scaler
     compiled: bool = False,  # walk by kernels of `torch.compile`, which the first call makes?
 ) -> Tensor:  # scalar, the penalty itself, detached and without `scale`
-    """Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`. No hook of a tensor is called.
+    """Add `scale`·∇(λΩ) to the gradients of the members; meant to follow `loss.backward()`.
 
+    Hooks of tensors are not called for sums over the elements of pairs without a map, which autograd never sees.
     Raises ValueError for a scale below 0 or not finite, and for members that are no leaves, TypeError for other kinds.
     Source: the gradient of Goodfellow, Bengio and Courville 2016, section 7.9."""
     _is_penalty(penalty)

@@ -588,6 +588,14 @@ def test_proximal_steps_of_three_in_half_precision_are_computed_in_single():
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(ps, qs))
 
 
+@pytest.mark.parametrize("options, calls", [({}, 0), ({"toward": "mean"}, 1), ({"distance": "cosine"}, 1)])
+def test_hooks_are_called_where_autograd_walks(options, calls):
+    a, b, seen = mlp(0), mlp(1), []
+    a[0].weight.register_hook(seen.append)
+    accumulate_grad_(TiePenalty(a, b, **options))
+    assert len(seen) == calls
+
+
 def test_gradients_are_added_on_meta():
     a, b = (nn.Linear(3, 3, device="meta") for _ in range(2))
     accumulate_grad_(TiePenalty(a, b))
